@@ -1,0 +1,37 @@
+"""What several test files share."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def randomise(module, scale=0.15):
+    """Weights that leave no parameter at its silent initial value (biases 0, norms 1)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.add_(scale * noise)
+    return module.eval()
+
+
+def relative_error(reference, result):
+    """The largest difference, relative to the reference's scale."""
+    assert reference.shape == result.shape
+    return ((reference - result).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Three pictures of different shapes: smooth colours under noise."""
+    rng = np.random.default_rng(0)
+    made = []
+    for h, w in ((40, 60), (97, 33), (32, 32)):
+        y, x = np.mgrid[0:h, 0:w]
+        base = np.stack([255 * x / w, 255 * y / h, 128 + 100 * np.sin(x / 7)], axis=-1)
+        made.append(Image.fromarray((base + rng.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)))
+    return made

@@ -1,0 +1,167 @@
+"""Concept: insertion touches exactly the word's places, gradients reach exactly its vectors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinyti.concept import Concept
+
+V, D = 50, 8  # vocabulary rows, width
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def concept():
+    return Concept("S*", random(2, D, seed=1), [V, V + 1])
+
+
+def test_vectors_are_an_fp32_leaf_of_their_own():
+    given = random(2, D).half()
+    concept = Concept("S*", given, torch.tensor([V, V + 1]))
+    assert (
+        concept.vectors.dtype == torch.float32 and concept.vectors.is_leaf and concept.vectors.requires_grad
+    )
+    assert concept.ids == [V, V + 1] and concept.name == "S*"
+    assert [name for name, _ in concept.named_parameters()] == ["vectors"]
+    own = random(1, D).requires_grad_()
+    concept = Concept("S*", own, [V])
+    with torch.no_grad():
+        concept.vectors.zero_()
+    assert concept.vectors.is_leaf and own.abs().sum() > 0
+    assert concept.to("meta").vectors.device.type == "meta"
+
+
+@pytest.mark.parametrize("shape, ids, message", [
+    ((D,), [V], "shape"), ((1, 1, D), [V], "shape"), ((2, D), [V], "shape"), ((0, D), [], "shape"),
+    ((2, D), [V, V], "consecutive"), ((2, D), [V + 1, V], "consecutive"), ((2, D), [V, V + 2], "consecutive"),
+])  # fmt: skip
+def test_vectors_and_ids_must_fit(shape, ids, message):
+    with pytest.raises(ValueError, match=message):
+        Concept("S*", torch.zeros(shape), ids)
+
+
+def test_insert_replaces_the_words_places_only(concept):
+    # the word twice in one prompt, not at all, cut after its first vector; the ids beside its own are others'
+    ids = torch.tensor([[3, V, V + 1, V, V + 1], [1, 2, 3, V + 2, V - 1], [0, V + 9, 5, 6, V]])
+    embeds = random(3, 5, D)
+    expected = embeds.clone()
+    for b, t in ids.eq(V).nonzero().tolist():
+        expected[b, t] = concept.vectors[0].detach()
+    for b, t in ids.eq(V + 1).nonzero().tolist():
+        expected[b, t] = concept.vectors[1].detach()
+    before, vectors = embeds.clone(), concept.vectors.detach().clone()
+    assert torch.equal(concept.insert(embeds, ids), expected)
+    assert torch.equal(embeds, before) and torch.equal(concept.vectors, vectors)
+
+
+def test_gradients_reach_the_vectors_through_their_places_alone(concept):
+    ids = torch.tensor([[3, V, V + 1, V], [1, 2, 3, V + 2]])
+    embeds = random(2, 4, D).requires_grad_()
+    weight = random(2, 4, D, seed=2)
+    (concept.insert(embeds, ids) * weight).sum().backward()
+    torch.testing.assert_close(concept.vectors.grad, torch.stack([weight[0, 1] + weight[0, 3], weight[0, 2]]))
+    others = ~torch.isin(ids, torch.tensor([V, V + 1]))
+    assert torch.equal(embeds.grad, weight * others[..., None])
+
+
+def test_a_prompt_without_the_word_gives_no_gradient(concept):
+    concept.insert(random(1, 3, D), torch.tensor([[0, 1, V - 1]])).sum().backward()
+    assert torch.equal(concept.vectors.grad, torch.zeros(2, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_insert_follows_the_embeddings_dtype_and_trains_in_fp32(concept, dtype):
+    ids = torch.full((1, 300), V)
+    out = concept.insert(torch.zeros(1, 300, D, dtype=dtype), ids)
+    assert out.dtype == dtype and torch.equal(out[0, 0], concept.vectors[0].to(dtype))
+    out.sum().backward()
+    assert concept.vectors.grad.dtype == torch.float32
+    assert concept.vectors.grad[0].tolist() == [300.0] * D  # summed in bf16 it would stop at 256
+
+
+def test_several_concepts_are_several_inserts(concept):
+    other = Concept("*", random(1, D, seed=3), [V + 2])
+    embeds, ids = random(1, 4, D), torch.tensor([[V + 2, V, V + 1, 7]])
+    once = other.insert(concept.insert(embeds, ids), ids)
+    assert torch.equal(once, concept.insert(other.insert(embeds, ids), ids))
+    assert torch.equal(once[0], torch.stack([other.vectors[0], *concept.vectors, embeds[0, 3]]))
+
+
+def test_insert_names_both_widths(concept):
+    with pytest.raises(ValueError, match=r"'S\*' has 8 numbers per vector, this model wants 1"):
+        concept.insert(torch.zeros(1, 2, 1), torch.tensor([[0, V]]))
+
+
+def test_one_step_moves_the_vectors(concept):
+    optimizer = torch.optim.AdamW(concept.parameters(), lr=0.1, weight_decay=0.0)
+    before, ids = concept.vectors.detach().clone(), torch.tensor([[V, 0]])
+    concept.insert(torch.zeros(1, 2, D), ids).square().sum().backward()
+    optimizer.step()
+    assert (concept.vectors[0] != before[0]).all() and torch.equal(concept.vectors[1], before[1])
+
+
+def test_initial_copies_rows():
+    rows = random(3, D)
+    assert torch.equal(Concept.initial("S*", [V], rows[:1]).vectors, rows[:1])
+    assert torch.equal(Concept.initial("S*", [V, V + 1, V + 2], rows).vectors, rows)
+    assert Concept.initial("S*", [V], rows[:1].half()).vectors.dtype == torch.float32
+
+
+def test_initial_averages_neighbouring_rows():
+    rows = random(5, D)
+    whole = Concept.initial("S*", [V], rows).vectors
+    halves = Concept.initial("S*", [V, V + 1], rows).vectors
+    torch.testing.assert_close(whole.detach(), rows.mean(dim=0, keepdim=True))
+    torch.testing.assert_close(halves.detach(), torch.stack([rows[:2].mean(dim=0), rows[2:].mean(dim=0)]))
+
+
+def test_initial_keeps_vectors_apart():
+    rows = 0.4 * F.normalize(random(2, 768), dim=-1)
+    vectors = Concept.initial("S*", list(range(V, V + 5)), rows).vectors.detach()
+    assert torch.equal(vectors[[0, 3]], rows)
+    near = F.cosine_similarity(vectors, rows[[0, 0, 0, 1, 1]])
+    assert ((near > 0.99) & (near < 1 + 1e-6)).all()
+    assert (torch.pdist(vectors) > 0.03).all()
+    torch.testing.assert_close((vectors[1] - rows[0]).norm(), torch.tensor(0.04))
+    assert torch.equal(vectors, Concept.initial("S*", list(range(V, V + 5)), rows).vectors)
+    assert not torch.equal(vectors, Concept.initial("S*", list(range(V, V + 5)), rows, seed=1).vectors)
+
+
+def test_initial_leaves_global_randomness_and_rows_alone():
+    rows, state = random(1, D), torch.get_rng_state()
+    before = rows.clone()
+    Concept.initial("S*", [V, V + 1], rows)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(rows, before)
+    with pytest.raises(ValueError, match="at least one"):
+        Concept.initial("S*", [V], rows[:0])
+
+
+def test_norm():
+    norm = Concept("S*", torch.tensor([[3.0, 4.0], [0.0, 2.0]]), [V, V + 1]).norm()
+    assert norm.tolist() == [5.0, 2.0] and not norm.requires_grad
+
+
+def test_nearest_rows_by_cosine():
+    table = random(V, D, seed=4)
+    concept = Concept("S*", torch.stack([7 * table[3], -table[8]]), [V, V + 1])
+    nearest = concept.nearest(table, k=3)
+    cosines = F.cosine_similarity(concept.vectors.detach()[:, None], table[None], dim=-1)
+    for found, all_cosines in zip(nearest, cosines):
+        values, ids = all_cosines.sort(descending=True)
+        assert [id for id, _ in found] == ids[:3].tolist()
+        assert [cosine for _, cosine in found] == pytest.approx(values[:3].tolist(), abs=1e-6)
+    assert nearest[0][0] == (3, pytest.approx(1.0)) and nearest[1][0][0] != 8
+    assert all(type(id) is int and type(cosine) is float for id, cosine in nearest[0])
+
+
+def test_nearest_among_some_ids():
+    table = random(V, D, seed=4)
+    concept = Concept("S*", table[3:4], [V])
+    among = [8, 41, 17]
+    ((best, *rest),) = concept.nearest(table.bfloat16().requires_grad_(), k=5, among=among)
+    assert {best[0], *(id for id, _ in rest)} == set(among) and len(rest) == 2
+    expected = F.cosine_similarity(table[3:4], table[among].bfloat16().float())
+    assert best[1] == pytest.approx(expected.max().item())

@@ -1,0 +1,386 @@
+"""Photos and prompts: odd pictures must come out as the eye sees them, and everything else must be named."""
+
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from tinyti import data
+
+ROOT = Path(__file__).parent.parent
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(image):
+    """Top left, top right, bottom left, bottom right."""
+    right, bottom = image.width - 1, image.height - 1
+    return [image.getpixel(place) for place in [(0, 0), (right, 0), (0, bottom), (right, bottom)]]
+
+
+def marked(size=(60, 40)):
+    """A white picture with coloured corners: red, green, blue, white."""
+    image = Image.new("RGB", size, WHITE)
+    image.paste(RED, (0, 0, 10, 10))
+    image.paste(GREEN, (size[0] - 10, 0, size[0], 10))
+    image.paste(BLUE, (0, size[1] - 10, 10, size[1]))
+    return image
+
+
+def near(colour, expected, within=3):
+    return max(abs(a - b) for a, b in zip(colour, expected)) <= within
+
+
+# one picture
+
+
+@pytest.mark.parametrize(
+    "orientation, seen",
+    [
+        (1, [RED, GREEN, BLUE, WHITE]),
+        (2, [GREEN, RED, WHITE, BLUE]),  # mirrored
+        (3, [WHITE, BLUE, GREEN, RED]),  # upside down
+        (4, [BLUE, WHITE, RED, GREEN]),
+        (5, [RED, BLUE, GREEN, WHITE]),
+        (6, [BLUE, RED, WHITE, GREEN]),  # to be turned clockwise
+        (7, [WHITE, GREEN, BLUE, RED]),
+        (8, [GREEN, WHITE, RED, BLUE]),
+        (99, [RED, GREEN, BLUE, WHITE]),  # no such orientation
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_orientation(tmp_path, orientation, seen, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    marked().save(tmp_path / f"x.{suffix}", exif=exif, **lossless)
+    image = data.read_image(tmp_path / f"x.{suffix}")
+    assert image.mode == "RGB" and image.size == ((40, 60) if 5 <= orientation <= 8 else (60, 40))
+    assert all(near(colour, expected, 60) for colour, expected in zip(corners(image), seen))
+
+
+def test_orientation_survives_reduced_decoding(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    marked((640, 480)).save(tmp_path / "x.jpg", exif=exif)
+    image = data.read_image(tmp_path / "x.jpg", size=60)
+    assert image.size == (120, 160)  # a quarter, still twice the 60 asked for
+    assert near(image.getpixel((119, 0)), RED, 60)
+
+
+def test_odd_exif_does_not_lose_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    raw = exif.tobytes().replace(b"\x12\x01\x03\x00", b"\x12\x01\x05\x00")  # of the wrong type
+    for name, junk in [("a.jpg", raw), ("b.jpg", b"Exif\0\0garbage")]:
+        marked().save(tmp_path / name, exif=junk)
+        assert data.read_image(tmp_path / name).size == (60, 40)
+
+
+@pytest.mark.parametrize("mode, colour", [("RGBA", (0, 0, 255, 128)), ("LA", (0, 128))])
+def test_alpha_over_white(tmp_path, mode, colour):
+    image = Image.new(mode, (8, 8), colour)
+    image.putpixel((0, 0), (0,) * len(colour))  # transparent black must not stay black
+    image.save(tmp_path / "x.png")
+    got = data.read_image(tmp_path / "x.png")
+    assert got.getpixel((0, 0)) == WHITE
+    assert near(got.getpixel((4, 4)), (127, 127, 255) if mode == "RGBA" else (127, 127, 127), 1)
+
+
+def test_opaque_alpha_changes_nothing(tmp_path):
+    marked().convert("RGBA").save(tmp_path / "x.png")
+    assert data.read_image(tmp_path / "x.png").tobytes() == marked().tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+@pytest.mark.parametrize("kind", ["one entry", "several"])
+def test_palette_with_transparency_over_white(tmp_path, suffix, kind):
+    image = Image.new("P", (4, 1))
+    image.putpalette([*BLUE, *RED, 10, 20, 30, 1, 2, 3])
+    for x in range(4):
+        image.putpixel((x, 0), x)
+    transparency = 2 if kind == "one entry" or suffix == "gif" else bytes([255, 0, 0, 128])
+    image.save(tmp_path / f"x.{suffix}", transparency=transparency)
+    got = data.read_image(tmp_path / f"x.{suffix}")
+    expected = [BLUE, RED, WHITE, (1, 2, 3)]
+    if isinstance(transparency, bytes):
+        expected = [BLUE, WHITE, WHITE, (127, 128, 128)]
+    assert all(near(got.getpixel((x, 0)), expected[x], 1) for x in range(4))
+
+
+def test_transparent_colour_of_an_rgb_picture(tmp_path):
+    marked().save(tmp_path / "x.png", transparency=RED)
+    assert corners(data.read_image(tmp_path / "x.png")) == [WHITE, GREEN, BLUE, WHITE]
+
+
+def chunk(name, content):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@pytest.mark.parametrize(
+    "image, background, options, expected",
+    [
+        (Image.new("RGBA", (4, 4)), struct.pack(">3H", 10, 20, 30), {}, (10, 20, 30)),
+        (Image.new("LA", (4, 4)), struct.pack(">H", 40), {}, (40, 40, 40)),
+        (Image.new("P", (4, 4), 1), bytes([2]), {"transparency": 1}, (7, 8, 9)),
+    ],
+    ids=["colour", "grey", "palette"],
+)
+def test_background_that_the_file_names(tmp_path, image, background, options, expected):
+    if image.mode == "P":
+        image.putpalette([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    image.save(tmp_path / "x.png", **options)
+    whole = (tmp_path / "x.png").read_bytes()
+    pixels = whole.index(b"IDAT") - 4
+    (tmp_path / "x.png").write_bytes(whole[:pixels] + chunk(b"bKGD", background) + whole[pixels:])
+    assert data.read_image(tmp_path / "x.png").getpixel((0, 0)) == expected
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
+    levels = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(2, 0)
+    Image.fromarray(levels).save(tmp_path / f"x.{suffix}")
+    got = np.asarray(data.read_image(tmp_path / f"x.{suffix}")).astype(int)
+    assert got.shape == (2, 256, 3)
+    assert abs(got[0, :, 0] - np.arange(256)).max() <= 1 and (got[..., 0] == got[..., 2]).all()
+
+
+def test_16_bit_colour(tmp_path):
+    rows = np.array([[[0, 32768, 65535]] * 3] * 3, ">u2")  # (3, 3, 3)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 3, 3, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert data.read_image(tmp_path / "x.png").getpixel((1, 1)) == (0, 128, 255)
+
+
+@pytest.mark.parametrize("array", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_32_bit_values_are_refused(tmp_path, array):
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="32-bit"):
+        data.read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("1", 255, WHITE),
+        ("L", 77, (77, 77, 77)),
+        ("CMYK", (0, 255, 255, 0), RED),
+        ("YCbCr", (76, 85, 255), RED),
+    ],
+)
+def test_other_modes(tmp_path, mode, colour, expected):
+    Image.new(mode, (8, 8), colour).save(tmp_path / "x.tif")
+    assert near(data.read_image(tmp_path / "x.tif").getpixel((3, 3)), expected)
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (32, 32), (255, 0, 255, 0)).save(tmp_path / "x.jpg", quality=98)
+    assert near(data.read_image(tmp_path / "x.jpg").getpixel((9, 9)), (0, 255, 0), 4)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE, GREEN)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], **options)
+    assert data.read_image(tmp_path / f"x.{suffix}").getpixel((8, 8)) == RED
+
+
+def test_missing_picture(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.read_image(tmp_path / "none.png")
+
+
+# picture -> tensor
+
+
+def test_values_and_way_back():
+    image = marked((32, 32))
+    pixels = data.to_tensor(image, 32)
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+    assert_close(pixels[:, 0, -1], torch.tensor([-1.0, 128 / 127.5 - 1, -1.0]))
+    assert data.to_image(pixels).tobytes() == image.tobytes()
+    assert data.to_image(pixels * 3).getpixel((31, 31)) == WHITE
+
+
+@pytest.mark.parametrize("size", [(300, 100), (100, 300), (301, 100)])
+def test_crops_the_middle_and_does_not_squash(size):
+    image = Image.new("RGB", size, RED)  # the middle square is blue on its left, white on its right
+    left, top = (size[0] - 100) // 2, (size[1] - 100) // 2
+    image.paste(WHITE, (left, top, left + 100, top + 100))
+    image.paste(BLUE, (left, top, left + 50, top + 100))
+    pixels = data.to_tensor(image, 50)
+    expected = Image.new("RGB", (50, 50), WHITE)
+    expected.paste(BLUE, (0, 0, 25, 50))
+    away = torch.arange(50).sub(24.5).abs() > 2  # from the edge that resizing blurs
+    assert_close(pixels[..., away], data.to_tensor(expected, 50)[..., away])
+
+
+def test_downscaling_is_antialiased():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255  # finer than the 32 pixels can show: must become grey
+    pixels = data.to_tensor(Image.fromarray(stripes), 32)
+    assert pixels[..., 2:-2].abs().max() < 0.02
+
+
+def test_one_pixel():
+    pixels = data.to_tensor(Image.new("RGB", (1, 1), RED), 16)
+    assert_close(pixels, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 16, 16))
+
+
+def test_12000_by_9000_in_bounded_time_and_memory(tmp_path):
+    Image.new("L", (12_000, 9_000), 200).save(tmp_path / "a.jpg")
+    Image.new("1", (9_000, 12_000), 1).save(tmp_path / "b.png")
+    program = """
+import resource, sys, time, torch, tinyti.data as data
+start, before = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+photos, passed_over = data.read_folder(sys.argv[1], 64)
+assert passed_over == [], passed_over
+assert torch.allclose(photos[0].pixels, torch.tensor(200 / 127.5 - 1), atol=0.02)
+assert photos[1].pixels.min() == 1
+print(time.time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+    command = [sys.executable, "-W", "error", "-c", program, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+    seconds, mebibytes = map(float, result.stdout.split())
+    assert seconds < 30 and mebibytes < 1000
+
+
+def test_large_jpeg_is_decoded_at_a_smaller_size(tmp_path):
+    marked((1600, 1200)).save(tmp_path / "x.jpg")
+    assert data.read_image(tmp_path / "x.jpg").size == (1600, 1200)
+    assert data.read_image(tmp_path / "x.jpg", 64).size == (200, 150)
+    assert data.read_image(tmp_path / "x.jpg", 512).size == (1600, 1200)
+
+
+# a folder
+
+
+def test_folder_with_all_sorts_of_things(tmp_path):
+    for name in ["b.png", "a.JPG", "c.webp", "d.png", "e.png"]:
+        marked().save(tmp_path / name)
+    (tmp_path / "b.txt").write_text("  a mug\n on a table \n")
+    (tmp_path / "c.txt").write_text("\n")
+    (tmp_path / "notes.txt").write_text("no picture has this name")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\0\0\x10\0\0\0\x08\0")
+    (tmp_path / "more").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    whole = (tmp_path / "d.png").read_bytes()
+    (tmp_path / "d.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "e.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"?" * 100)
+    Image.new("1", (12_001, 9_000)).save(tmp_path / "f.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "g.png")
+    (tmp_path / "h.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+    photos, passed_over = data.read_folder(tmp_path, 16)
+    assert [photo.file.name for photo in photos] == ["a.JPG", "b.png", "c.webp"]
+    assert [photo.caption for photo in photos] == [None, "a mug on a table", None]
+    assert all(photo.pixels.shape == (3, 16, 16) for photo in photos)
+
+    reasons = {
+        ".DS_Store": "not a picture",
+        "d.png": "cannot be read",
+        "e.png": "",
+        "f.png": "more than 12,000 x 9,000",
+        "g.png": "more than 12,000 x 9,000",
+        "h.eps": "not a picture",
+        "more": "not a file",
+        "notes.txt": "not a picture",
+        "pipe": "not a file",
+    }
+    assert len(passed_over) == len(reasons)
+    for line, (name, reason) in zip(passed_over, reasons.items()):
+        assert line.startswith(f"{tmp_path / name}: ") and reason in line and "\n" not in line
+
+
+def test_single_picture_is_a_folder_of_one(tmp_path):
+    marked().save(tmp_path / "a.png")
+    marked().save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("a mug")
+    [photo], passed_over = data.read_folder(tmp_path / "a.png", 16)
+    assert (photo.file, photo.caption, passed_over) == (tmp_path / "a.png", "a mug", [])
+
+
+def test_folder_without_pictures(tmp_path):
+    with pytest.raises(ValueError, match=r"No readable picture in .*found nothing"):
+        data.read_folder(tmp_path, 16)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"No readable picture in .*notes.txt: not a picture"):
+        data.read_folder(tmp_path, 16)
+    with pytest.raises(FileNotFoundError, match="No such folder"):
+        data.read_folder(tmp_path / "none", 16)
+
+
+def test_caption_that_is_not_text(tmp_path):
+    marked().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
+        data.read_folder(tmp_path, 16)
+
+
+# prompts
+
+
+def test_template_lists():
+    assert len(data.OBJECT_TEMPLATES) == len(set(data.OBJECT_TEMPLATES)) == 27
+    assert len(data.STYLE_TEMPLATES) == 19 and len(set(data.STYLE_TEMPLATES)) == 17
+    for template in [*data.OBJECT_TEMPLATES, *data.STYLE_TEMPLATES]:
+        assert template.count("{}") == 1 and template.endswith(" {}")
+
+
+@pytest.mark.parametrize(
+    "template, caption, expected",
+    [
+        ("a photo of a {}", None, "a photo of a S*"),
+        ("{} beside {}", None, "S* beside S*"),
+        ("a photo of a {}", "on a table", "a photo of a S*, on a table"),
+        ("a photo of a {}", "two {} on a table", "two S* on a table"),
+        ("{0} and {}", None, "{0} and S*"),  # nothing else is a field
+    ],
+)
+def test_prompt(template, caption, expected):
+    assert data.prompt(template, "S*", caption) == expected
+
+
+def test_prompt_with_braces_in_the_word():
+    assert data.prompt("a {}", "{}") == "a {}"
+
+
+def test_own_templates(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_bytes(b"\xef\xbb\xbf# made by hand\r\n\r\n  a portrait of {}  \r\n{} as a toy")
+    assert data.read_templates(file) == ["a portrait of {}", "{} as a toy"]
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"a {}\n\na photo of S*\n", r"line 3: 'a photo of S\*'"),
+        (b"", "no templates"),
+        (b"# nothing\n\n", "no templates"),
+        (b"a {} caf\xe9\n", "UTF-8"),
+    ],
+)
+def test_bad_templates(tmp_path, content, found):
+    file = tmp_path / "mine.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=found) as caught:
+        data.read_templates(file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_missing_templates(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        data.read_templates(tmp_path / "none.txt")

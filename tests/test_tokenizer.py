@@ -1,0 +1,424 @@
+"""Ids equal transformers' for any text; learned words are found where they stand alone and nowhere else."""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Core
+from transformers import BertTokenizer, CLIPTokenizer
+
+from tinyti.tokenizer import Tokenizer
+
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+FAMILY = "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
+NASTY = [
+    "",
+    " ",
+    "\n\t \r\n",
+    "a photo of a cat",
+    "A  PHOTO\tof\na   Cat ",
+    "the cat's, it's, they'll I'VE we'd 'S ''s",
+    "naïve café cafe\u0301 \u1112\u1161\u11ab q\u0323\u0307 İstanbul ẞ ǅ ﬁ",
+    "一只猫的照片 ねこ 고양이 חתול שָׁלוֹם قطة बिल्ली แมว",
+    "\N{CAT FACE}\N{CAT FACE} \N{THUMBS UP SIGN}\U0001f3fd \u2764\ufe0f " + FAMILY + " \U0001f1eb\U0001f1f7",
+    "\x00a\x01\x07\x1b[0m\x7f\x80\x85\x9f",
+    "zero\u200bwidth\u200djoiner\ufeff\u00adsoft\u2028line\u2029",
+    "1234 ½ ² ① Ⅷ 3.14 1,000,000 ٣",
+    "<|endoftext|>",
+    "cat<|endoftext|>cat <|startoftext|> <|ENDOFTEXT|> <|endoftext|>!",
+    "! !! !!! cat! (cat) [cat] {cat} #cat @cat $5 50% a_b a-b a*b ~`^",
+    "[CLS] [SEP] [PAD] [UNK] [MASK] [mask] ##ing [CLS]cat",
+    "\ue000\U000f0000\U0010ffff\ufffd",
+    "cat" * 100,
+]
+BLOCKS = [
+    range(0x20, 0x7F), range(0x20, 0x7F), range(0x00, 0x100), range(0x300, 0x370), range(0x590, 0x700),
+    range(0x900, 0xA00), range(0x1100, 0x1200), range(0x2000, 0x2070), range(0x3000, 0x3100),
+    range(0x4E00, 0x4F00), range(0x1F300, 0x1F700), range(0xD800), range(0xE000, 0x110000),
+]  # fmt: skip
+FRAGMENTS = [
+    "cat",
+    " a photo ",
+    "'s",
+    "'LL",
+    "!",
+    "<|endoftext|>",
+    "<|EndOfText|>",
+    "[SEP]",
+    "##s",
+    "\u200d",
+    "  ",
+]
+
+
+def random_texts(count, seed):
+    dice = random.Random(seed)
+    for _ in range(count):
+        parts = [dice.choice(FRAGMENTS) if dice.random() < 0.2 else chr(dice.choice(dice.choice(BLOCKS)))
+                 for _ in range(dice.randrange(30))]  # fmt: skip
+        yield "".join(parts)
+
+
+TEXTS = [
+    *NASTY,
+    *random_texts(2000, seed=0),
+    "a photo of a very " * 600,
+    "x" * 10_000,
+    "1 \N{CAT FACE}" * 3_000,
+]
+
+
+@pytest.fixture(scope="module")
+def byte_pairs():
+    """A small vocabulary in CLIP's order: bytes, bytes that end a word, merges, the two special tokens."""
+    core = Core(models.BPE(end_of_word_suffix="</w>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{L}+|[^\s\p{L}]+"), "removed", True), pre_tokenizers.ByteLevel(False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    lines = ["a photo of a cat and the cat's café"] * 50 + Path(argparse.__file__).read_text().lower().split(
+        "\n"
+    )
+    core.train_from_iterator(lines, trainer)
+    merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
+    merges = [(a, b) for a, b in merges if b != "</w>"]
+    vocab = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), *SPECIAL]
+    assert len(vocab) == len(set(vocab)) and "cat</w>" in vocab and "a</w>" in vocab
+    return {entry: id for id, entry in enumerate(vocab)}, merges
+
+
+def write_json(file, content):
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_clip(folder, vocab, merges, pad="<|endoftext|>", **config):
+    """The four files of Stable Diffusion's tokenizer folder, flags as published."""
+    folder.mkdir()
+    write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8"
+    )
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    start, end = ({"content": token, **flags} for token in SPECIAL)
+    roles = {"bos_token": start, "eos_token": end, "unk_token": end}
+    write_json(folder / "special_tokens_map.json", {**roles, "pad_token": pad})
+    typed = {role: {"__type": "AddedToken", **token} for role, token in roles.items()}
+    defaults = {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    write_json(folder / "tokenizer_config.json", {**typed, **defaults, **config})
+    return folder
+
+
+def write_bert(folder, **config):
+    folder.mkdir()
+    letters = [chr(c) for c in range(0x21, 0x7F)] + list("éñ猫只אבחת")
+    words = ["photo", "of", "cat", "cats", "the", "strasse", "##ing", "##to", "unhappy"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = [*special, *letters, *("##" + letter for letter in letters), *words]
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {"do_lower_case": True, "model_max_length": 512, **config})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, byte_pairs):
+    root, (vocab, merges) = tmp_path_factory.mktemp("tokenizers"), byte_pairs
+    saved_flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    decoder = {str(vocab[token]): {"content": token, **saved_flags} for token in SPECIAL}
+    kept = {id: entry for entry, id in vocab.items() if entry not in ("c", "c</w>", "\u0120", "Ã")}
+    holes = {entry: id for id, entry in enumerate(kept.values())}
+    folders = {
+        "sd1": write_clip(root / "sd1", vocab, merges),
+        "sd2": write_clip(root / "sd2", vocab, merges, pad="!"),
+        "decoder": write_clip(root / "decoder", vocab, merges, added_tokens_decoder=decoder),
+        "added": write_clip(root / "added", vocab, merges),
+        "unknown": write_clip(
+            root / "unknown", holes, [m for m in merges if all(part in holes for part in (*m, "".join(m)))]
+        ),
+        "bert": write_bert(root / "bert"),
+        "bert cased": write_bert(root / "cased", do_lower_case=False, tokenize_chinese_chars=False),
+    }
+    write_json(folders["added"] / "added_tokens.json", {"<dog>": len(vocab) + 1, "<Cat-toy>": len(vocab)})
+    for name in ("sd1", "sd2", "added", "bert"):  # transformers 5 writes tokenizer.json alone
+        folders[name + " json"] = root / (name + " json")
+        reference(name, folders[name]).save_pretrained(folders[name + " json"])
+    write_bare_json(folders, root)
+    return folders
+
+
+def write_bare_json(folders, root):
+    """A tokenizer.json as openai/clip-vit-* has it: merges written "a b"; with a truncation of its own."""
+    content = json.loads((folders["sd1 json"] / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    del content["model"]["type"]
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    folders["bare json"] = root / "bare"
+    folders["bare json"].mkdir()
+    write_json(folders["bare json"] / "tokenizer.json", content)
+
+
+def reference(name, folder):
+    return (BertTokenizer if "bert" in name else CLIPTokenizer).from_pretrained(folder)
+
+
+KINDS = ["sd1", "sd2", "decoder", "added", "unknown", "sd1 json", "sd2 json", "added json", "bare json",
+         "bert", "bert cased", "bert json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_transformers(folders, kind):
+    ours, theirs = Tokenizer.from_folder(folders[kind]), reference(kind, folders[kind])
+    texts = [*TEXTS, "a <Cat-toy>, <cat-toy><dog>s"]
+    padded = theirs(
+        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert torch.equal(ours(texts), padded)
+    whole = theirs(texts, add_special_tokens=False, truncation=False).input_ids
+    for text, ids in zip(texts, whole):
+        assert ours.encode(text) == ids, ascii(text)
+    assert ours.vocab_size == len(theirs) and ours.length == 77
+
+
+@pytest.mark.parametrize("kind, start, end, pad", [
+    ("sd1", *SPECIAL, "<|endoftext|>"), ("sd2", *SPECIAL, "!"), ("sd2 json", *SPECIAL, "!"),
+    ("bert", "[CLS]", "[SEP]", "[PAD]"),
+])  # fmt: skip
+def test_start_end_and_padding(folders, kind, start, end, pad):
+    tokenizer = Tokenizer.from_folder(folders[kind])
+    expected = [tokenizer.core.token_to_id(token) for token in (start, end, pad)]
+    assert [tokenizer.start, tokenizer.end, tokenizer.pad] == expected
+    ids = tokenizer("cat")
+    assert ids.shape == (1, 77) and ids.dtype == torch.long
+    assert ids[0, 0] == expected[0] and ids[0, 2] == expected[1] and set(ids[0, 3:].tolist()) == {expected[2]}
+    assert pad != "!" or tokenizer.pad == 0
+
+
+@pytest.mark.parametrize("limit, length", [(20, 20), (77, 77), (512, 77), (10**30, 77), (None, 77)])
+def test_length_is_the_folders_when_sensible(tmp_path, byte_pairs, limit, length):
+    tokenizer = Tokenizer.from_folder(write_clip(tmp_path / "f", *byte_pairs, model_max_length=limit))
+    assert tokenizer.length == length and tokenizer(["a"] * 3).shape == (3, length)
+
+
+def test_folder_without_settings(folders, tmp_path, byte_pairs):
+    folder = write_clip(tmp_path / "f", *byte_pairs)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    assert torch.equal(Tokenizer.from_folder(folder)(NASTY), Tokenizer.from_folder(folders["sd1"])(NASTY))
+
+
+@pytest.fixture
+def base(folders):
+    return Tokenizer.from_folder(folders["sd1"])
+
+
+@pytest.fixture
+def tokenizer(folders):
+    return Tokenizer.from_folder(folders["sd1"])
+
+
+def test_truncation_keeps_the_end_and_is_told(tokenizer):
+    fits = "cat " * 75
+    assert len(tokenizer.encode(fits)) == 75 and tokenizer.overflow(fits) == 0 == tokenizer.overflow("")
+    assert tokenizer.overflow(fits + "cat") == 1 and len(tokenizer.encode("x1" * 5_000)) == 10_000
+    ids = tokenizer([fits, fits + "cat", "x1" * 5_000])
+    assert ids.shape == (3, 77) and ids[:, -1].tolist() == [tokenizer.end] * 3
+    assert torch.equal(ids[0], ids[1])
+    first = tokenizer.add("S*", n=2)
+    assert tokenizer.overflow("S* " * 38) == 1
+    assert tokenizer("S* " * 38)[0, -3:].tolist() == [first[1], first[0], tokenizer.end]
+
+
+def test_no_prompts(tokenizer):
+    assert tokenizer([]).shape == (0, 77) and tokenizer([]).dtype == torch.long
+
+
+# ⟦…⟧ marks what has to be found; all that is not marked has to be tokenised as if no word had been learned.
+FOUND = [
+    ("S*", "⟦S*⟧"),
+    ("S*", "a photo of ⟦S*⟧"),
+    ("S*", "⟦S*⟧, (⟦S*⟧) \"⟦S*⟧\" '⟦S*⟧' [⟦S*⟧] ⟦S*⟧. ⟦S*⟧! ⟦S*⟧: ⟦S*⟧;"),
+    ("S*", "⟦S*⟧'s hat and ⟦S*⟧’s shoe"),
+    ("S*", "⟦S*⟧-like, a non-⟦S*⟧ thing, ⟦S*⟧/⟦S*⟧, #⟦S*⟧"),
+    ("S*", "⟦S*⟧\tand\n⟦S*⟧\u3000⟦S*⟧"),
+    ("S*", "s* cats* S* ".replace("S*", "⟦S*⟧")),
+    ("S*", "CATS* S*2 2S* S*a S*_ _S* S** *S* S S *"),
+    ("S*", "éS* e\u0301S* S*é S*\u0301 猫S* S*שלום"),
+    ("s*", "cats* ⟦s*⟧ S*"),
+    ("*", "a photo of ⟦*⟧"),
+    ("*", "⟦*⟧, (⟦*⟧) ⟦*⟧'s \"⟦*⟧\" 2*3 2 ⟦*⟧ 3 S* *S f***k ** *** _*"),
+    ("<cat-toy>", "a ⟦<cat-toy>⟧, <Cat-toy> <cat-toy>s x<cat-toy> <⟦<cat-toy>⟧> cat-toy> <cat-toy>*"),
+    ("<s1> <s2>", "⟦<s1>⟧⟦<s2>⟧ ⟦<s2>⟧⟦<s2>⟧⟦<s1>⟧"),
+    ("cat", "⟦cat⟧ ⟦cat⟧'s ⟦cat⟧. (⟦cat⟧) wild-⟦cat⟧ Cat CAT cats concat catcat cat2 my_cat cat_ cat*"),
+    ("cat <cat-toy>", "⟦cat⟧ ⟦<cat-toy>⟧ <⟦cat⟧>"),
+    ("t S Brien", "don't cat'S O’Brien ⟦t⟧ '⟦t⟧ the cats' ⟦S⟧ \"⟦Brien⟧\""),
+    ("S", "⟦S⟧ ⟦S⟧'s S* *S S** S2"),
+    ("S S*", "⟦S⟧ ⟦S*⟧ ⟦S⟧'s ⟦S*⟧'s ⟦S*⟧'S S** S*S* ⟦S⟧, (⟦S*⟧)"),
+    ("S* S S*2", "⟦S*2⟧ ⟦S*⟧ ⟦S⟧ S*3 ⟦S*2⟧'s S*22"),
+    ("S* *", "⟦S*⟧ ⟦*⟧ S** (⟦*⟧ ⟦S*⟧)"),
+    ("a-b b-c a-b-c", "⟦a-b⟧ ⟦b-c⟧ ⟦a-b-c⟧ ⟦a-b⟧-d"),
+    ("a-b b-c", "⟦a-b⟧-c"),
+    ("\N{CAT FACE}", "⟦\N{CAT FACE}⟧ a ⟦\N{CAT FACE}⟧⟦\N{CAT FACE}⟧, ⟦\N{CAT FACE}⟧'s \N{CAT FACE}cat"),
+    ("\N{MAN} \N{WOMAN} \N{GIRL}", f"{FAMILY} ⟦\N{MAN}⟧ ⟦\N{WOMAN}⟧⟦\N{GIRL}⟧ \N{MAN}\u200d"),
+    (FAMILY, f"⟦{FAMILY}⟧ \N{MAN} {FAMILY}\u200d\N{BOY} ⟦{FAMILY}⟧"),
+    ("\N{THUMBS UP SIGN}", "⟦\N{THUMBS UP SIGN}⟧ \N{THUMBS UP SIGN}\U0001f3fd \N{THUMBS UP SIGN}\ufe0f"),
+    ("\u2764\ufe0f", "⟦\u2764\ufe0f⟧ \u2764 ⟦\u2764\ufe0f⟧⟦\u2764\ufe0f⟧ S\u2764\ufe0f"),
+    ("\U0001f1fa\U0001f1f8", "⟦\U0001f1fa\U0001f1f8⟧ \U0001f1e6\U0001f1fa\U0001f1f8\U0001f1ea"),
+    ("חתול", "⟦חתול⟧, (⟦חתול⟧) החתול חתולים חתוּל חתול\u05b8 ⟦חתול⟧"),
+    ("बिल्ल", "बिल्ली ⟦बिल्ल⟧"),
+    ("Café", "⟦Café⟧ café Cafe\u0301 Cafés"),
+    ("<|endoftext|>", "a ⟦<|endoftext|>⟧ <|startoftext|>"),
+    ("S*", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, marked", FOUND)
+@pytest.mark.parametrize("kind", ["sd1", "bert"])
+def test_learned_words_are_found_where_they_stand_alone(folders, kind, words, marked):
+    base, tokenizer = (Tokenizer.from_folder(folders[kind]) for _ in range(2))
+    for n, word in enumerate(words.split(), start=1):
+        tokenizer.add(word, n)
+    expected = []
+    for piece in re.split("(⟦[^⟧]*⟧)", marked):
+        expected += tokenizer.words[piece[1:-1]] if piece.startswith("⟦") else base.encode(piece)
+    text = marked.replace("⟦", "").replace("⟧", "")
+    assert tokenizer.encode(text) == expected
+
+
+def test_learned_ids_follow_the_vocabulary(tokenizer):
+    assert tokenizer.words == {}
+    size = tokenizer.vocab_size
+    assert tokenizer.add("S*") == [size]
+    assert tokenizer.add("cat", n=3) == [size + 1, size + 2, size + 3]
+    assert tokenizer.add("*") == [size + 4]
+    assert tokenizer.words == {"S*": [size], "cat": [size + 1, size + 2, size + 3], "*": [size + 4]}
+    assert tokenizer.vocab_size == size == len(tokenizer.core.get_vocab())
+    assert tokenizer("S* cat")[0, :6].tolist() == [tokenizer.start, *range(size, size + 4), tokenizer.end]
+
+
+def test_a_word_of_the_vocabulary_keeps_its_row(tokenizer, base):
+    (pretrained,) = base.encode("cat")
+    learned = tokenizer.add("cat")
+    assert tokenizer.encode("cat Cat CAT") == [*learned, pretrained, pretrained]
+    assert tokenizer.encode("cats concat") == base.encode("cats concat")
+
+
+def test_the_returned_ids_are_a_copy(tokenizer):
+    tokenizer.add("S*").append(0)
+    assert tokenizer.words["S*"] == [tokenizer.vocab_size]
+
+
+def test_a_learned_word_changes_nothing_else(tokenizer, base):
+    """A name that no text contains leaves every id as it was; one amid random text cuts only itself out."""
+    for word in ("S*", "\N{DRAGON}\u200d\N{DRAGON}", "qqqq"):
+        tokenizer.add(word)
+    for text in random_texts(300, seed=1):
+        if not any(word in text for word in tokenizer.words):
+            assert tokenizer.encode(text) == base.encode(text)
+            framed = f"{text} S* {text}"
+            assert tokenizer.encode(framed) == base.encode(text + " ") + tokenizer.words["S*"] + base.encode(
+                " " + text
+            )
+
+
+@pytest.mark.parametrize("word", ["", " ", "two words", "tab\t", "\u3000", "line\n", "\u2028x"])
+def test_words_with_white_space_are_refused(tokenizer, word):
+    with pytest.raises(ValueError, match="white space"):
+        tokenizer.add(word)
+    assert tokenizer.words == {}
+
+
+def test_a_word_is_added_once(tokenizer):
+    tokenizer.add("S*")
+    with pytest.raises(ValueError, match=r"'S\*' is registered"):
+        tokenizer.add("S*", n=2)
+    with pytest.raises(ValueError, match="n=0"):
+        tokenizer.add("T*", n=0)
+    assert list(tokenizer.words) == ["S*"]
+
+
+def test_entries_read_as_words(folders, tokenizer):
+    (learned,) = tokenizer.add("S*")
+    assert [tokenizer.token(id) for id in tokenizer.encode("CAT café S*")] == ["cat", "café", "S*"]
+    assert tokenizer.token(learned) == "S*" and tokenizer.token(tokenizer.end) == "<|endoftext|>"
+    with pytest.raises(ValueError, match=str(learned + 1)):
+        tokenizer.token(learned + 1)
+    bert = Tokenizer.from_folder(folders["bert"])
+    assert [bert.token(id) for id in bert.encode("caté cats")] == ["cat", "##e", "cats"]
+
+
+def test_whole_words(folders, byte_pairs):
+    vocab, _ = byte_pairs
+    tokenizer = Tokenizer.from_folder(folders["sd1"])
+    ids = tokenizer.word_ids()
+    assert ids == sorted(set(ids)) and {vocab["cat</w>"], vocab["a</w>"], vocab["cafÃ©</w>"]} <= set(ids)
+    assert not {vocab["a"], vocab["!</w>"], vocab["1</w>"], vocab["<|endoftext|>"], vocab["Ã</w>"]} & set(ids)
+    assert all(
+        tokenizer.encode(tokenizer.token(id)) == [id]
+        for id in ids
+        if tokenizer.token(id).isascii() and tokenizer.token(id).islower()
+    )
+    bert = Tokenizer.from_folder(folders["bert"])
+    words = [bert.token(id) for id in bert.word_ids()]
+    assert {"cat", "photo", "a", "猫"} <= set(words) and not any(
+        word.startswith(("#", "[")) for word in words
+    )
+
+
+def test_missing_vocabulary(tmp_path, byte_pairs):
+    with pytest.raises(FileNotFoundError, match=r"found nothing, expected tokenizer\.json.*weights/README"):
+        Tokenizer.from_folder(tmp_path / "nowhere")
+    folder = write_clip(tmp_path / "f", *byte_pairs)
+    (folder / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"found special_tokens_map\.json.*merges\.txt"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("vocab.json", '{"a": 0, ', r"vocab\.json is not readable as JSON"),
+    ("vocab.json", b"\xff\xfe\x00", r"vocab\.json is not readable as JSON"),
+    ("vocab.json", "[1, 2]", "expected a JSON object, found a list"),
+    ("vocab.json", '{"a": 0, "b": 2}', "ids 0, 1, 2"),
+    ("vocab.json", '{"a": 0, "b": "x"}', "ids 0, 1, 2"),
+    ("merges.txt", "#version: 0.2\nc a\nc a t\n", "'c a t'"),
+    ("merges.txt", "#version: 0.2\nc a\n\n", "''"),
+    ("merges.txt", "#version: 0.2\nc qqqq\n", "'c qqqq'"),
+    ("merges.txt", "#version: 0.2\n! a\n", "'! a'"),
+    ("merges.txt", "<!DOCTYPE html>", "DOCTYPE"),
+    ("merges.txt", b"\xff\xfe\x00", r"merges\.txt is not readable as text"),
+    ("tokenizer_config.json", "", r"tokenizer_config\.json is not readable as JSON"),
+    ("special_tokens_map.json", '{"pad_token": "<pad>"}', "pad_token '<pad>' is not in the vocabulary"),
+    ("special_tokens_map.json", '{"unk_token": "<unk>"}', "unk_token '<unk>' is not in the vocabulary"),
+    ("tokenizer.json", "{", r"tokenizer\.json is not readable as JSON"),
+    ("tokenizer.json", '{"version": "1.0"}', "damaged vocabulary"),
+    ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "damaged vocabulary"),
+])  # fmt: skip
+def test_damaged_files(tmp_path, byte_pairs, name, content, message):
+    folder = write_clip(tmp_path / "f", *byte_pairs)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_folder(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_word_pieces(tmp_path):
+    folder = write_bert(tmp_path / "f")
+    entries = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "vocab.txt").write_text("\n".join(entries[3:]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\[CLS\]|\[PAD\]|\[UNK\]"):
+        Tokenizer.from_folder(folder)
+    (folder / "vocab.txt").write_text("\n".join(["cat", *entries]), encoding="utf-8")
+    with pytest.raises(ValueError, match="ids 0, 1, 2"):
+        Tokenizer.from_folder(folder)

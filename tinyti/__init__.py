@@ -1,0 +1,6 @@
+"""Textual Inversion from scratch in plain PyTorch: one learned word for a frozen latent diffusion model."""
+
+from .concept import Concept
+from .model import LatentDiffusion, load, load_clip, sample
+
+__all__ = ["Concept", "LatentDiffusion", "load", "load_clip", "sample"]

@@ -1,0 +1,72 @@
+"""Concept: the vectors of a learned word, all that textual inversion trains."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Concept(nn.Module):
+    """A learned word: its `name`, its trainable fp32 `vectors` (n, D), and their n consecutive token `ids`.
+
+    Raises ValueError if the vectors are not (n, D) with one consecutive id each.
+    """
+
+    def __init__(self, name: str, vectors: Tensor, ids: list[int]):
+        super().__init__()
+        ids = [int(id) for id in ids]
+        shape = tuple(vectors.shape)
+        if not ids or vectors.ndim != 2 or shape[0] != len(ids):
+            raise ValueError(f"{name!r}: expected n ids and vectors of shape (n, D), got {ids} and {shape}")
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(f"{name!r}: expected consecutive ids, got {ids}")
+        self.name = name
+        self.ids = ids
+        self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
+
+    @classmethod
+    def initial(cls, name: str, ids: list[int], rows: Tensor, seed: int = 0) -> "Concept":
+        """Start n = len(ids) vectors from m rows of the vocabulary table (m, D), in their order.
+
+        With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n a row starts several
+        vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
+        two start equal.  Raises ValueError without rows.
+        """
+        n, m = len(ids), len(rows)
+        if m == 0:
+            raise ValueError(f"{name!r}: expected at least one vocabulary row to start from")
+        first = [i * m // n for i in range(n + 1)]
+        shares = [rows[first[i] : max(first[i] + 1, first[i + 1])] for i in range(n)]
+        vectors = torch.stack([share.float().mean(dim=0) for share in shares])  # (n, D)
+        repeats = torch.tensor([first[i] in first[:i] for i in range(n)], device=rows.device)
+        noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+        noise = 0.1 * vectors.norm(dim=-1, keepdim=True) * F.normalize(noise, dim=-1)
+        return cls(name, torch.where(repeats[:, None], vectors + noise, vectors), ids)
+
+    def insert(self, embeds: Tensor, ids: Tensor) -> Tensor:
+        """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).
+
+        Out of place, in the dtype of `embeds`.  Raises ValueError if D is not the vectors'.
+        """
+        n, D = self.vectors.shape
+        if embeds.shape[-1] != D:
+            raise ValueError(f"{self.name!r} has {D} numbers per vector, this model wants {embeds.shape[-1]}")
+        which = ids - self.ids[0]  # (B, T)
+        is_mine = (which >= 0) & (which < n)
+        vectors = self.vectors[which.clamp(0, n - 1)].to(embeds.dtype)  # (B, T, D)
+        return torch.where(is_mine[..., None], vectors, embeds)
+
+    def norm(self) -> Tensor:
+        """The length of each vector, (n,)."""
+        return self.vectors.detach().norm(dim=-1)
+
+    def nearest(self, table: Tensor, k: int = 5, among: list[int] | None = None) -> list[list[tuple]]:
+        """For each vector the (id, cosine) of the k rows of a vocabulary table (V, D) closest in direction.
+
+        Best first; `among` limits the search to some ids.
+        """
+        among = torch.arange(len(table)) if among is None else torch.tensor(among)
+        rows = F.normalize(table.detach()[among.to(table.device)].float(), dim=-1)
+        vectors = F.normalize(self.vectors.detach().to(rows.device), dim=-1)
+        cosines, found = (vectors @ rows.T).topk(min(k, len(rows)))  # (n, k)
+        ids = among[found.cpu()]
+        return [list(zip(row, values)) for row, values in zip(ids.tolist(), cosines.tolist())]

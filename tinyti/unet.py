@@ -1,0 +1,191 @@
+"""The noise predictor of latent diffusion: a UNet whose attention reads the prompt at every resolution.
+
+Stable Diffusion 1, 2 and the paper's LDM are the same network with other numbers in its configuration."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import Attention, Downsample, ResnetBlock, Upsample, timestep_embedding
+
+
+@dataclass
+class UNetConfig:
+    """The fields of unet/config.json that shape the network, named and defaulted as diffusers does."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 1280
+    attention_head_dim: int | tuple[int, ...] = 8  # published under this name, but the *number* of heads
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int | None = None  # latents per side that the model was trained at
+
+
+class GEGLU(nn.Module):
+    """x (..., dim) -> (..., inner): one half of a projection gated by the GELU of the other."""
+
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt, feed-forward, each on top of its input: (B, HW, dim)."""
+
+    def __init__(self, dim, heads, context_dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        # Published as net.0 and net.2; net.1 was dropout.
+        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))})
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff["net"](self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block over the pixels of x (B, C, H, W), with context (B, T, D)."""
+
+    def __init__(self, channels, heads, context_dim, groups, linear):
+        super().__init__()
+        project = nn.Linear if linear else (lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1))
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x, context):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = self._project(self.proj_in, h)
+        h = self.transformer_blocks[0](h, context)
+        h = self._project(self.proj_out, h)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    @staticmethod
+    def _project(layer, h):
+        # A 1×1 convolution is a linear layer with two idle dimensions; SD1 publishes the one, SD2 the other.
+        return F.linear(h, layer.weight.flatten(1), layer.bias)
+
+
+class Block(nn.Module):
+    """One resolution of the UNet: resnets, a transformer behind each where there is attention, resampling."""
+
+    def __init__(self, config, c_ins, c_out, heads, attention, downsample=False, upsample=False):
+        super().__init__()
+        groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins])
+        if attention:
+            make = (c_out, heads, config.cross_attention_dim, groups, config.use_linear_projection)
+            self.attentions = nn.ModuleList([Transformer(*make) for _ in c_ins])
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def layer(self, i, x, temb, context):
+        """The i-th resnet and the transformer behind it, if any."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer, resnet, at the lowest resolution."""
+
+    def __init__(self, config, channels, heads):
+        super().__init__()
+        groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(channels, channels, groups, config.norm_eps, temb_dim) for _ in range(2)]
+        )
+        make = (channels, heads, config.cross_attention_dim, groups, config.use_linear_projection)
+        self.attentions = nn.ModuleList([Transformer(*make)])
+
+    def forward(self, x, temb, context):
+        x = self.resnets[0](x, temb)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, temb)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in x_t, given the timestep and the prompt's context."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
+        widths, layers = config.block_out_channels, config.layers_per_block
+        heads = config.attention_head_dim
+        heads = (heads,) * len(widths) if isinstance(heads, int) else heads
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = nn.ModuleDict(
+            {"linear_1": nn.Linear(widths[0], 4 * widths[0]), "linear_2": nn.Linear(4 * widths[0], 4 * widths[0])}
+        )
+        skips = [widths[0]]  # channels of every activation that the way up will read again
+        self.down_blocks = nn.ModuleList()
+        for i, (kind, c_out) in enumerate(zip(config.down_block_types, widths)):
+            last = i == len(widths) - 1
+            c_ins = [skips[-1]] + [c_out] * (layers - 1)
+            self.down_blocks.append(Block(config, c_ins, c_out, heads[i], "Attn" in kind, downsample=not last))
+            skips += [c_out] * (layers if last else layers + 1)
+
+        self.mid_block = MidBlock(config, widths[-1], heads[-1])
+
+        self.up_blocks = nn.ModuleList()
+        channels = widths[-1]
+        for i, (kind, c_out) in enumerate(zip(config.up_block_types, widths[::-1])):
+            last = i == len(widths) - 1
+            c_ins = [c + skips.pop() for c in [channels] + [c_out] * layers]
+            self.up_blocks.append(Block(config, c_ins, c_out, heads[-1 - i], "Attn" in kind, upsample=not last))
+            channels = c_out
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x_t, t, context):
+        """x_t (B, C, H, W), t (B,) or a number in [0, 1000), context (B, T, D) -> prediction (B, C, H, W)."""
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        temb = timestep_embedding(t, self.config.block_out_channels[0]).to(x_t.dtype)
+        temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
+
+        x = self.conv_in(x_t)
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = self._run(block.layer, i, x, temb, context)
+                skips.append(x)
+            for downsample in getattr(block, "downsamplers", []):
+                x = downsample(x)
+                skips.append(x)
+
+        x = self._run(self.mid_block, x, temb, context)
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = self._run(block.layer, i, torch.cat([x, skips.pop()], dim=1), temb, context)
+            for upsample in getattr(block, "upsamplers", []):
+                x = upsample(x, size=skips[-1].shape[2:])  # odd sizes halve to more than half
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _run(self, layer, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)

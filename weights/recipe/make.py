@@ -1,0 +1,428 @@
+"""From nothing to weights/tiny: a complete Stable Diffusion in miniature.
+
+    python weights/recipe/make.py
+
+pictures -> tokenizer -> CLIP -> VAE -> latents -> UNet -> model folder -> probe -> card.  Every stage leaves its
+result in the run folder and is passed over when that is there; a stage that was killed goes on where it was.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import trainers
+from tokenizers.pre_tokenizers import ByteLevel
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig  # noqa: E402
+from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES  # noqa: E402
+from tinyti.diffusion import Schedule, denoise, randn  # noqa: E402
+from tinyti.tokenizer import Tokenizer, _byte_pair  # noqa: E402
+from tinyti.unet import UNet, UNetConfig  # noqa: E402
+from tinyti.vae import VAE, VAEConfig  # noqa: E402
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SCHEDULE = {  # Stable Diffusion's own, but for the spacing: it starts at the noisiest step (2305.08891)
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+
+
+@dataclass
+class Recipe:
+    """The sizes, in samples seen.  These are for two CPU cores and an afternoon."""
+
+    size: int = 64  # pixels a side
+    pictures: int = 65_536
+    unseen: int = 2_048
+    vocabulary: int = 1_024
+    clip_width: int = 128
+    clip_layers: int = 4
+    clip_patch: int = 8
+    clip_samples: int = 100_000
+    vae_widths: tuple[int, ...] = (16, 32, 64)
+    vae_samples: int = 60_000
+    unet_widths: tuple[int, ...] = (32, 64, 128)
+    unet_layers: int = 1
+    unet_samples: int = 600_000
+    unet_batch: int = 64
+    unet_lr: float = 1e-3
+    offset_noise: float = 0.2
+    empty_prompts: float = 0.1
+
+
+class Run:
+    """The folder that holds what the stages have made so far, and the device they run on."""
+
+    def __init__(self, folder, recipe):
+        self.folder, self.recipe = Path(folder), recipe
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def write(self, path, save):
+        """Call save(temporary path), then put the file in its place."""
+        temporary = self / f"{path}.tmp"
+        save(temporary)
+        os.replace(temporary, self / path)
+
+    def cost(self, stage, samples, seconds):
+        """Add what a stage has cost to costs.json."""
+        path = self / "costs.json"
+        costs = json.loads(path.read_text()) if path.exists() else {}
+        before = costs.get(stage, {"samples": 0, "seconds": 0})
+        costs[stage] = {
+            "samples": before["samples"] + samples,
+            "seconds": round(before["seconds"] + seconds, 1),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} CPU cores",
+        }
+        self.write("costs.json", lambda p: p.write_text(json.dumps(costs, indent=1)))
+
+
+def train(run, stage, module, loss_of, samples, batch, lr, bf16=False, look=None):
+    """Train `module` on loss_of(generator), an average over a batch, until it has seen `samples` samples.
+
+    AdamW; the rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved
+    while the run is under way.  The state is kept every minute; the draws of a step depend on its number
+    only, so a killed run goes on as if nothing had happened.  look(samples seen) is called now and then.
+    """
+    final, state_file = run / f"{stage}.safetensors", run / f"{stage}.state"
+    if final.exists():
+        module.load_state_dict(load_file(final))
+        return
+    module.to(run.device)
+    # Vectors (norms, biases) are not pulled to zero.
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    step, steps, running = 0, samples // batch, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=run.device, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, running = state["step"], state["running"]
+    began = kept = looked = time.time()
+    first = step
+    while step < steps:
+        rate = lr * min(1, (step + 1) / 200, (steps - step) / (0.3 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(run.device, torch.bfloat16, enabled=bf16 or run.device == "cuda"):
+            loss = loss_of(torch.Generator().manual_seed(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        running = 0.99 * running + 0.01 * loss.item()
+        if step % 100 == 0:
+            average = running / (1 - 0.99**step)
+            with open(run / f"{stage}.csv", "a", newline="") as f:
+                csv.writer(f).writerow([step * batch, f"{average:.5f}", f"{rate:.2e}"])
+            pace = (step - first) * batch / (time.time() - began)
+            print(f"{stage} {step * batch:,} of {samples:,}  loss {average:.5f}  {pace:.0f}/s", flush=True)
+        if time.time() - kept > 60 or step == steps:
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            run.write(state_file.name, lambda p, s=state: torch.save(s | {"running": running}, p))
+            run.cost(stage, (step - first) * batch, time.time() - began)
+            began, kept, first = time.time(), time.time(), step
+        if look and (time.time() - looked > 300 or step == steps):
+            look(step * batch)
+            looked = time.time()
+    print()
+    run.write(final.name, lambda p: save_file({k: v.contiguous() for k, v in module.state_dict().items()}, p))
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------
+
+
+def _render(args):
+    seeds, size = args
+    drawn = [world.picture(seed, size) for seed in seeds]
+    return np.stack([np.asarray(image) for image, _, _ in drawn]), [(c, a) for _, c, a in drawn]
+
+
+def pictures(run):
+    """Draw the book: pictures.npy (N, S, S, 3) and captions.json; the last `unseen` of N are never trained on."""
+    if not (run / "captions.json").exists():
+        began = time.time()
+        total = run.recipe.pictures + run.recipe.unseen
+        jobs = [(range(i, min(i + 512, total)), run.recipe.size) for i in range(0, total, 512)]
+        with ProcessPoolExecutor() as pool:
+            parts = list(pool.map(_render, jobs))
+        run.write("pictures.npy", lambda p: np.save(p.open("wb"), np.concatenate([part[0] for part in parts])))
+        captions = [{"caption": c, **a} for part in parts for c, a in part[1]]
+        run.write("captions.json", lambda p: p.write_text(json.dumps(captions)))
+        run.cost("pictures", total, time.time() - began)
+    return np.load(run / "pictures.npy", mmap_mode="r"), json.loads((run / "captions.json").read_text())
+
+
+def to_images(array):
+    """uint8 (B, S, S, 3) -> (B, 3, S, S) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer(run, captions):
+    """A byte-pair vocabulary of about a thousand, from the captions and the paper's templates, in CLIP's form."""
+    folder = run / "tokenizer"
+    if not (folder / "merges.txt").exists():
+        text = [c["caption"] for c in captions]
+        text += [t.format(thing) for t in OBJECT_TEMPLATES + STYLE_TEMPLATES for thing in world.THINGS] * 20
+        core = _byte_pair({END: 0}, [], END)
+        core.train_from_iterator(text, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+        merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(core.to_str())["model"]["merges"]]
+        # All bytes, inside a word and at its end, come first: any text can be spelt.
+        letters = sorted(ByteLevel.alphabet())
+        letters += [letter + "</w>" for letter in letters]
+        merges = merges[: run.recipe.vocabulary - len(letters) - 2]
+        entries = [*letters, *(m.replace(" ", "") for m in merges), START, END]
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+        folder.mkdir(exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps({e: i for i, e in enumerate(entries)}, ensure_ascii=False))
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        run.write("tokenizer/merges.txt", lambda p: p.write_text("\n".join(["#version: 0.2", *merges]) + "\n"))
+    return Tokenizer.from_folder(folder)
+
+
+# -- CLIP --------------------------------------------------------------------------------------------------------
+
+
+def clip(run, array, ids):
+    """Both towers, contrastively (2103.00020, figure 3): a batch is a quiz of 256 pictures and 256 captions."""
+    recipe = run.recipe
+    tower = {
+        "hidden_size": recipe.clip_width,
+        "intermediate_size": 4 * recipe.clip_width,
+        "num_hidden_layers": recipe.clip_layers,
+        "num_attention_heads": recipe.clip_width // 32,
+    }
+    text = TextConfig(vocab_size=int(ids.max()) + 1, eos_token_id=int(ids.max()), **tower)
+    vision = VisionConfig(image_size=recipe.size, patch_size=recipe.clip_patch, **tower)
+    half = (0.5, 0.5, 0.5)
+    preprocess = Preprocessing(resize=recipe.size, crop=recipe.size, mean=half, std=half)
+    torch.manual_seed(0)
+    model = initialise(CLIP(CLIPConfig(text, vision, recipe.clip_width), preprocess))
+    # The tower is causal: nothing behind the end of the longest caption can change the result.
+    used = int((ids == text.eos_token_id).int().argmax(1).max()) + 1
+
+    def loss_of(generator):
+        rows = torch.randint(recipe.pictures, (256,), generator=generator)
+        images = to_images(array[rows.numpy()]).to(run.device)
+        a, b = model.encode_image(images), model.encode_text(ids[rows, :used].to(run.device))
+        logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
+        truth = torch.arange(len(rows), device=run.device)
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+    train(run, "clip", model, loss_of, recipe.clip_samples, 256, lr=1e-3)
+    return model.eval().requires_grad_(False)
+
+
+def initialise(model):
+    """CLIP's own initial scale: small embeddings, residual branches thinner the deeper the tower."""
+    for name, p in model.named_parameters():
+        if name.endswith(("token_embedding.weight", "position_embedding.weight", "class_embedding")):
+            torch.nn.init.normal_(p, std=0.02)
+        elif name.endswith(("out_proj.weight", "fc2.weight")):
+            layers = model.config.text_config.num_hidden_layers
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5 * (2 * layers) ** -0.5)
+    return model
+
+
+# -- VAE ---------------------------------------------------------------------------------------------------------
+
+
+def vae(run, array):
+    """Squared error, and a Kullback-Leibler term small enough to blur nothing and keep the latents smooth."""
+    recipe = run.recipe
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(block_out_channels=recipe.vae_widths, layers_per_block=1, norm_num_groups=8))
+
+    def loss_of(generator):
+        images = to_images(array[torch.randint(recipe.pictures, (16,), generator=generator).numpy()])
+        images = images.to(run.device)
+        mean, std = model.encode(images)
+        mean, std = mean.float(), std.float()
+        z = mean + std * randn(mean.shape, generator, mean)
+        kl = (mean**2 + std**2 - 1 - 2 * std.log()).mean() / 2
+        return F.mse_loss(model.decode(z).float(), images) + 2e-4 * kl
+
+    # On a CPU, too, bf16 is half as fast again in these thin convolutions at full resolution.
+    train(run, "vae", model, loss_of, recipe.vae_samples, 16, lr=2e-3, bf16=True)
+    return model.eval().requires_grad_(False)
+
+
+def psnr(model, images):
+    """Mean over the pictures (B, 3, H, W) of the decibels that survive encoding and decoding."""
+    errors = [(model.decode(model.encode(x)[0]).clamp(-1, 1) - x).div(2).square().mean((1, 2, 3)) for x in images.split(64)]
+    return (-10 * torch.cat(errors).log10()).mean().item()
+
+
+# -- UNet --------------------------------------------------------------------------------------------------------
+
+
+def encoded(run, name, count, encode):
+    """(count, …) in fp16, from encode(first, last), computed once and kept as name.npy."""
+    if not (run / f"{name}.npy").exists():
+        began = time.time()
+        with torch.no_grad():
+            parts = [encode(i, min(i + 256, count)).half().cpu() for i in range(0, count, 256)]
+        run.write(f"{name}.npy", lambda p: np.save(p.open("wb"), torch.cat(parts).numpy()))
+        run.cost(name, count, time.time() - began)
+    return torch.from_numpy(np.load(run / f"{name}.npy"))
+
+
+def unet(run, latents, contexts, empty, look):
+    """Noise prediction on scaled latents, as in tinyti.inversion, but here the weights learn.
+
+    Offset noise (a constant per picture and channel on top of eps) teaches the network that the initial
+    noise says nothing of the picture's mean colour; min-SNR weights (2303.09556, gamma 5) spend less of a
+    small network on the last, fine steps.
+    """
+    recipe, schedule = run.recipe, Schedule.from_config(SCHEDULE)
+    torch.manual_seed(0)
+    model = UNet(unet_config(recipe))
+    for p in [p for name, p in model.named_parameters() if name.endswith(("conv2.weight", "proj_out.weight"))]:
+        torch.nn.init.zeros_(p)  # every block begins as the identity
+    model.to(memory_format=torch.channels_last)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weights = (snr.clamp(max=5) / snr).float()
+
+    def loss_of(generator):
+        batch = recipe.unet_batch
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        x_0 = latents[rows].float().to(run.device)
+        dropped = torch.rand(batch, 1, 1, generator=generator) < recipe.empty_prompts
+        context = torch.where(dropped, empty, contexts[rows].float()).to(run.device)
+        t = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
+        eps = randn(x_0.shape, generator, x_0)
+        eps = eps + recipe.offset_noise * randn((*x_0.shape[:2], 1, 1), generator, x_0)
+        x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        error = (model(x_t, t.to(run.device), context).float() - schedule.target(x_0, eps, t)).square()
+        return (weights[t].to(run.device) * error.mean((1, 2, 3))).mean()
+
+    train(run, "unet", model, loss_of, recipe.unet_samples, recipe.unet_batch, recipe.unet_lr, look=lambda n: look(model, n))
+    return model.eval().requires_grad_(False)
+
+
+def unet_config(recipe):
+    """One layer a level, attention on all levels but the first."""
+    widths = recipe.unet_widths
+    return UNetConfig(
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)),
+        up_block_types=(*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),
+        block_out_channels=widths,
+        layers_per_block=recipe.unet_layers,
+        cross_attention_dim=recipe.clip_width,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        sample_size=recipe.size // 2 ** (len(recipe.vae_widths) - 1),
+    )
+
+
+@torch.no_grad()
+def generate(unet, vae, scale, contexts, empty, steps=30, guidance=5.0, seed=0):
+    """Pictures (B, 3, S, S) in [-1, 1] for contexts (B, 77, D): the last stages' own short sampling loop."""
+    side = unet.config.sample_size
+    generator = torch.Generator().manual_seed(seed)
+    x = randn((len(contexts), unet.config.in_channels, side, side), generator, contexts)
+    both = torch.cat([empty.expand_as(contexts), contexts])
+
+    def predict(x, t):
+        without, with_prompt = unet(torch.cat([x, x]), t, both).chunk(2)
+        return without + guidance * (with_prompt - without)
+
+    *_, x_0 = denoise(predict, x, Schedule.from_config(SCHEDULE), steps)
+    return vae.decode(x_0 / scale).clamp(-1, 1)
+
+
+def sheet(images, columns, path):
+    """Write pictures (B, 3, S, S) in [-1, 1] as one PNG."""
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
+    pixels = torch.cat(rows, dim=1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+def main():
+    """Run the stages in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default=HERE / "run", type=Path, help="where the stages keep what they made")
+    parser.add_argument("--out", default=HERE.parent / "tiny", type=Path, help="the finished model folder")
+    parser.add_argument("--unet-samples", type=int, help="stop the UNet earlier or later than the recipe says")
+    parser.add_argument("--until", choices=("pictures", "clip", "vae", "latents", "unet"), help="stop after this stage")
+    args = parser.parse_args()
+    recipe = Recipe(**({"unet_samples": args.unet_samples} if args.unet_samples else {}))
+    run = Run(args.run, recipe)
+    array, captions = pictures(run)
+    words = tokenizer(run, captions[: recipe.pictures])
+    ids = words([c["caption"] for c in captions])
+    if args.until == "pictures":
+        return
+    both = clip(run, array, ids)
+    if args.until == "clip":
+        return
+    coder = vae(run, array)
+    if args.until == "vae":
+        return
+
+    text = both.text_model
+    latents = encoded(run, "latents", recipe.pictures, lambda a, b: draw_latents(coder, array[a:b], a))
+    contexts = encoded(run, "contexts", recipe.pictures, lambda a, b: text(text.embed(ids[a:b])))
+    empty = text(text.embed(words("")))
+    scale = 1 / latents[:8192].float().std().item()
+    if args.until == "latents":
+        return
+
+    rows = torch.arange(recipe.pictures, recipe.pictures + 24)
+    preview = text(text.embed(ids[rows]))
+    run.write("preview.txt", lambda p: p.write_text("\n".join(captions[r]["caption"] for r in rows)))
+    real = to_images(array[rows.numpy()])
+
+    def look(model, seen):
+        drawn = generate(model, coder, scale, preview, empty)
+        pairs = torch.stack([real, drawn], 1).flatten(0, 1)
+        run.write("preview.png", lambda p: sheet(pairs, 12, p))
+        shutil.copy(run / "preview.png", run / f"preview-{seen}.png")
+
+    unet(run, latents * scale, contexts, empty, look)
+
+
+def draw_latents(coder, array, seed):
+    """A sample of each picture's latents."""
+    mean, std = coder.encode(to_images(array))
+    return mean + std * randn(mean.shape, torch.Generator().manual_seed(seed))
+
+
+if __name__ == "__main__":
+    main()
