@@ -265,7 +265,7 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     (tmp_path / "raw4.pt").write_bytes(pickle.dumps(Evil(target), protocol=4))
     for name in ["zip.pt", "legacy.bin", "raw2.pt", "raw4.pt"]:
         # torch's reader does not know protocol 4 and so cannot say what would be called
-        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["system", "did not run it"]))
+        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["system", "was not run"]))
         assert not target.exists()
 
 
@@ -359,15 +359,16 @@ def test_refuses_to_write(tmp_path, name, words, found):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "x.safetensors"
     embeddings.write(path, {"S*": vectors(1)})
     before = path.read_bytes()
 
-    def full(descriptor):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match="No space left"):
         embeddings.write(path, {"S*": vectors(1, seed=1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -490,7 +491,8 @@ def test_command_line_shows_the_nearest_words_of_a_model(tmp_path, capsys, monke
         "  near kitten 1.00, cat 0.71, dog 0.00",
     ]
 
-    embeddings.write(tmp_path / "wide.pt", {"S*": vectors(1)})
-    assert embeddings.main([str(tmp_path / "wide.pt"), str(tmp_path / "out.pt"), "--weights", "models/tiny"]) == 2
+    embeddings.write(tmp_path / "x.pt", {"S*": vectors(1)})
+    arguments = [str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), "--weights", "models/tiny"]
+    assert embeddings.main(arguments) == 2
     assert "768 (SD1), but the model has 3" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()

@@ -64,13 +64,8 @@ def random_texts(count, seed):
         yield "".join(parts)
 
 
-TEXTS = [
-    *NASTY,
-    *random_texts(2000, seed=0),
-    "a photo of a very " * 600,
-    "x" * 10_000,
-    "1 \N{CAT FACE}" * 3_000,
-]
+LONG = ["a photo of a very " * 600, "x" * 10_000, "1 \N{CAT FACE}" * 3_000]
+TEXTS = [*NASTY, *LONG, "a <Cat-toy>, <cat-toy><dog>s", *random_texts(2000, seed=0)]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +176,7 @@ KINDS = ["sd1", "sd2", "decoder", "added", "unknown", "sd1 json", "sd2 json", "a
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_transformers(folders, kind):
     ours, theirs = Tokenizer.from_folder(folders[kind]), reference(kind, folders[kind])
-    texts = [*TEXTS, "a <Cat-toy>, <cat-toy><dog>s"]
+    texts = TEXTS if kind in ("sd1", "sd2", "bert") else TEXTS[:300]
     padded = theirs(
         texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids

@@ -1,13 +1,14 @@
 """From a folder of photos to what the training loop takes: images in [-1, 1] and prompts with the word."""
 
 import struct
+import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 MOST_PIXELS = 12_000 * 9_000
@@ -160,6 +161,28 @@ def to_image(pixels: Tensor) -> Image.Image:
     """The way back: (3, H, W), values outside [-1, 1] clipped."""
     levels = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def grid(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> Image.Image:
+    """A sheet of pictures of one size: a label before each row, a caption under each column."""
+    font = ImageFont.load_default(size=12)
+    pictures = [image for _, images in rows for image in images]
+    enlarged = max(1, 128 // pictures[0].width)  # small ones are shown pixel by pixel
+    width, height = (enlarged * side for side in pictures[0].size)
+    columns, gap, margin = max(len(images) for _, images in rows), 4, 130
+    captions = ["\n".join(textwrap.wrap(caption, width // 7)) for caption in footer]
+    foot = 16 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    sheet = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap) + foot), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (label, images) in enumerate(rows):
+        top = r * (height + gap)
+        pen.text((8, top + 8), "\n".join(textwrap.wrap(label, 18)), "black", font)
+        for c, image in enumerate(images):
+            image = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + c * (width + gap), top))
+    for c, caption in enumerate(captions):
+        pen.text((margin + c * (width + gap), len(rows) * (height + gap)), caption, "black", font)
+    return sheet
 
 
 def read_caption(picture: str | Path) -> str | None:

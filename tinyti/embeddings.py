@@ -169,9 +169,9 @@ def _load_pickle(file: Path):
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            found = f"a pickle that would call {code[1]}, and did not run it"
+            found = f"a pickle that would call {code[1]}, which was not run"
             raise _refusal(file, found, "ask for a .safetensors file") from error
-        raise _refusal(file, "something else or a damaged file") from error
+        raise _refusal(file, "an unknown or damaged file") from error
     except DAMAGED as error:
         raise _refusal(file, "a damaged or truncated file", "fetch it again") from error
 
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("IN", help="a word's file, or the folder that train.py wrote")
     parser.add_argument("OUT", nargs="?", help="write this .safetensors (diffusers) or .pt (AUTOMATIC1111)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists (default: refuse)")
-    parser.add_argument("--weights", help="the words' model, to show the nearest vocabulary words (default: none)")
+    parser.add_argument("--weights", help="the words' model, to show the nearest vocabulary words too")
     options = parser.parse_args(arguments)
     lines = []
     try:
@@ -283,8 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _nearest(concept, model) -> list[str]:
     """One line per vector: the vocabulary words nearest in direction, with the cosine."""
-    near = concept.nearest(model.text.table, among=model.tokenizer.word_ids())
-    return ["  near " + ", ".join(f"{model.tokenizer.token(id)} {cos:.2f}" for id, cos in row) for row in near]
+    token, known = model.tokenizer.token, model.tokenizer.word_ids()
+    near = concept.nearest(model.text.table, among=known)
+    return ["  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row) for row in near]
 
 
 if __name__ == "__main__":

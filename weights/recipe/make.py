@@ -68,7 +68,7 @@ class Recipe:
     vae_samples: int = 60_000
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
-    unet_samples: int = 600_000
+    unet_samples: int = 900_000
     unet_batch: int = 64
     unet_lr: float = 1e-3
     offset_noise: float = 0.2
@@ -220,13 +220,14 @@ def tokenizer(run, captions):
 
 
 def clip(run, array, ids):
-    """Both towers, contrastively (2103.00020, figure 3): a batch is a quiz of 256 pictures and 256 captions."""
+    """Both towers, contrastively (2103.00020, figure 3): a batch is a quiz of 128 pictures and 128 captions."""
     recipe = run.recipe
     tower = {
         "hidden_size": recipe.clip_width,
         "intermediate_size": 4 * recipe.clip_width,
         "num_hidden_layers": recipe.clip_layers,
         "num_attention_heads": recipe.clip_width // 32,
+        "hidden_act": "gelu",
     }
     text = TextConfig(vocab_size=int(ids.max()) + 1, eos_token_id=int(ids.max()), **tower)
     vision = VisionConfig(image_size=recipe.size, patch_size=recipe.clip_patch, **tower)
@@ -238,14 +239,14 @@ def clip(run, array, ids):
     used = int((ids == text.eos_token_id).int().argmax(1).max()) + 1
 
     def loss_of(generator):
-        rows = torch.randint(recipe.pictures, (256,), generator=generator)
+        rows = torch.randint(recipe.pictures, (128,), generator=generator)
         images = to_images(array[rows.numpy()]).to(run.device)
         a, b = model.encode_image(images), model.encode_text(ids[rows, :used].to(run.device))
         logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
         truth = torch.arange(len(rows), device=run.device)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
-    train(run, "clip", model, loss_of, recipe.clip_samples, 256, lr=1e-3)
+    train(run, "clip", model, loss_of, recipe.clip_samples, 128, lr=1e-3)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,284 @@
+"""Tiny random models, and writers for every form in which models are published.
+
+The names of the original (CompVis) layout are written down from its structure: which module sits where in its
+nested lists.  Nothing here knows the loader's rules, which go the other way."""
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as TheirUNet
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .conftest import randomise
+
+# What the original training code of all three families does, as diffusers writes it down.
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def clip_vocabulary(folder):
+    """A small byte-pair vocabulary as CLIP's files: every byte, a few merges, start and end."""
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("o", "f</w>"), ("p", "h"), ("o", "t")]
+    merges += [("ph", "ot"), ("phot", "o</w>")]
+    letters = sorted(ByteLevel.alphabet())
+    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    entries += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return len(entries)
+
+
+def bert_vocabulary(folder):
+    """A small word-piece vocabulary as BERT's file."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?'*"
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    entries += ["cat", "dog", "photo", "of", "##s"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(entries)) + "\n", "utf-8")
+    return len(dict.fromkeys(entries))
+
+
+def tiny_unet(context_dim, heads, linear=False, width=32, **settings):
+    """Three resolutions, of which two attend: enough for every kind of block."""
+    return randomise(
+        TheirUNet(
+            sample_size=8,
+            block_out_channels=(width, 2 * width, 2 * width),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=context_dim,
+            attention_head_dim=heads,
+            use_linear_projection=linear,
+            **settings,
+        )
+    )
+
+
+def tiny_vae():
+    """Two resolutions: one latent stands for 2 × 2 pixels."""
+    return randomise(
+        AutoencoderKL(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=2,
+            sample_size=16,
+        )
+    )
+
+
+def tiny_stable_diffusion(family, folder, **scheduler):
+    """A pipeline of family "sd1" or "sd2", with the heads and padding of its family; `folder` is for its vocabulary."""
+    sd2 = family == "sd2"
+    size = clip_vocabulary(folder)
+    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+    text = CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=23 if sd2 else 3,  # of a single file, the 24th is dropped by its number
+        num_attention_heads=2,
+        hidden_act="gelu" if sd2 else "quick_gelu",
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=0 if sd2 else size - 1,
+    )
+    unet = tiny_unet(128, [1, 2, 2], linear=True, width=64) if sd2 else tiny_unet(128, 8)
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=randomise(CLIPTextModel(text)),
+        tokenizer=CLIPTokenizer(**files, pad_token="!" if sd2 else "<|endoftext|>", model_max_length=77),
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULER | scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tiny_ldm(folder, **scheduler):
+    """The paper's own model in miniature: 8 heads in the text transformer as in the UNet."""
+    size = bert_vocabulary(folder)
+    text = LDMBertConfig(
+        vocab_size=size, encoder_layers=3, encoder_ffn_dim=80, head_dim=6, d_model=40, dropout=0.0
+    )
+    return LDMTextToImagePipeline(
+        vqvae=tiny_vae(),
+        bert=randomise(LDMBertModel(text)),
+        tokenizer=BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=512),
+        unet=tiny_unet(40, 8),
+        scheduler=DDIMScheduler(**SCHEDULER | scheduler),
+    )
+
+
+# -- the original layout ------------------------------------------------------------------------------------------
+
+
+class Layout(dict):
+    """A state dictionary that is filled module by module."""
+
+    def put(self, name, module):
+        """All weights of a module under a name."""
+        for key, weight in module.state_dict().items():
+            self[f"{name}.{key}"] = weight.clone()
+
+    def put_convolution(self, name, linear):
+        """A linear layer, where the original has a 1×1 convolution."""
+        self[f"{name}.weight"] = linear.weight.detach().clone()[:, :, None, None]
+        self[f"{name}.bias"] = linear.bias.detach().clone()
+
+
+def _unet_resnet(layout, name, resnet):
+    layout.put(f"{name}.in_layers.0", resnet.norm1)
+    layout.put(f"{name}.in_layers.2", resnet.conv1)  # 1 and 3 are activations
+    layout.put(f"{name}.emb_layers.1", resnet.time_emb_proj)
+    layout.put(f"{name}.out_layers.0", resnet.norm2)
+    layout.put(f"{name}.out_layers.3", resnet.conv2)  # 1 is an activation, 2 dropout
+    if resnet.conv_shortcut is not None:
+        layout.put(f"{name}.skip_connection", resnet.conv_shortcut)
+
+
+def original_unet(unet):
+    """openaimodel.UNetModel: two flat lists of short sequences, and a middle."""
+    layout = Layout()
+    layout.put("time_embed.0", unet.time_embedding.linear_1)
+    layout.put("time_embed.2", unet.time_embedding.linear_2)
+    layout.put("input_blocks.0.0", unet.conv_in)
+    n = 1
+    for block in unet.down_blocks:
+        for i, resnet in enumerate(block.resnets):
+            _unet_resnet(layout, f"input_blocks.{n}.0", resnet)
+            if hasattr(block, "attentions"):
+                layout.put(f"input_blocks.{n}.1", block.attentions[i])  # the same names inside
+            n += 1
+        if block.downsamplers:
+            layout.put(f"input_blocks.{n}.0.op", block.downsamplers[0].conv)
+            n += 1
+    _unet_resnet(layout, "middle_block.0", unet.mid_block.resnets[0])
+    layout.put("middle_block.1", unet.mid_block.attentions[0])
+    _unet_resnet(layout, "middle_block.2", unet.mid_block.resnets[1])
+    n = 0
+    for block in unet.up_blocks:
+        for i, resnet in enumerate(block.resnets):
+            _unet_resnet(layout, f"output_blocks.{n}.0", resnet)
+            if hasattr(block, "attentions"):
+                layout.put(f"output_blocks.{n}.1", block.attentions[i])
+            if i == len(block.resnets) - 1 and block.upsamplers:  # last in its sequence, wherever that is
+                place = 2 if hasattr(block, "attentions") else 1
+                layout.put(f"output_blocks.{n}.{place}.conv", block.upsamplers[0].conv)
+            n += 1
+    layout.put("out.0", unet.conv_norm_out)
+    layout.put("out.2", unet.conv_out)
+    return layout
+
+
+def _vae_resnet(layout, name, resnet):
+    for part in ("norm1", "conv1", "norm2", "conv2"):
+        layout.put(f"{name}.{part}", getattr(resnet, part))
+    if resnet.conv_shortcut is not None:
+        layout.put(f"{name}.nin_shortcut", resnet.conv_shortcut)
+
+
+def original_vae(vae):
+    """autoencoder.AutoencoderKL: both halves count their resolutions from the finest, the decoder too."""
+    layout = Layout()
+    for name, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+        layout.put(f"{name}.conv_in", half.conv_in)
+        for i, resnet in enumerate(half.mid_block.resnets):
+            _vae_resnet(layout, f"{name}.mid.block_{i + 1}", resnet)
+        attention = half.mid_block.attentions[0]
+        layout.put(f"{name}.mid.attn_1.norm", attention.group_norm)
+        layout.put_convolution(f"{name}.mid.attn_1.q", attention.to_q)
+        layout.put_convolution(f"{name}.mid.attn_1.k", attention.to_k)
+        layout.put_convolution(f"{name}.mid.attn_1.v", attention.to_v)
+        layout.put_convolution(f"{name}.mid.attn_1.proj_out", attention.to_out[0])
+        blocks = list(half.down_blocks) if name == "encoder" else list(half.up_blocks)[::-1]
+        way = "down" if name == "encoder" else "up"
+        for i, block in enumerate(blocks):
+            for j, resnet in enumerate(block.resnets):
+                _vae_resnet(layout, f"{name}.{way}.{i}.block.{j}", resnet)
+            samplers = block.downsamplers if way == "down" else block.upsamplers
+            if samplers:
+                layout.put(f"{name}.{way}.{i}.{way}sample", samplers[0])
+        layout.put(f"{name}.norm_out", half.conv_norm_out)
+        layout.put(f"{name}.conv_out", half.conv_out)
+    layout.put("quant_conv", vae.quant_conv)
+    layout.put("post_quant_conv", vae.post_quant_conv)
+    return layout
+
+
+def original_clip(text):
+    """FrozenCLIPEmbedder: transformers' own module, of the time when it had a prefix and a buffer of positions."""
+    text = getattr(text, "text_model", text)
+    layout = Layout()
+    layout.put("transformer.text_model", text)
+    layout["transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return layout
+
+
+def original_openclip(text, extra=True):
+    """FrozenOpenCLIPEmbedder: open_clip's module, with one layer more than Stable Diffusion 2 reads."""
+    text = getattr(text, "text_model", text)
+    layout = Layout()
+    layout.put("model.token_embedding", text.embeddings.token_embedding)
+    layout["model.positional_embedding"] = text.embeddings.position_embedding.weight.detach().clone()
+    for i, layer in enumerate([*text.encoder.layers, text.encoder.layers[0]] if extra else text.encoder.layers):
+        name, attention = f"model.transformer.resblocks.{i}", layer.self_attn
+        thirds = (attention.q_proj, attention.k_proj, attention.v_proj)
+        layout[f"{name}.attn.in_proj_weight"] = torch.cat([part.weight.detach() for part in thirds])
+        layout[f"{name}.attn.in_proj_bias"] = torch.cat([part.bias.detach() for part in thirds])
+        layout.put(f"{name}.attn.out_proj", attention.out_proj)
+        layout.put(f"{name}.ln_1", layer.layer_norm1)
+        layout.put(f"{name}.ln_2", layer.layer_norm2)
+        layout.put(f"{name}.mlp.c_fc", layer.mlp.fc1)
+        layout.put(f"{name}.mlp.c_proj", layer.mlp.fc2)
+    layout.put("model.ln_final", text.final_layer_norm)
+    if extra:
+        width = text.config.hidden_size
+        layout["model.text_projection"] = torch.randn(width, width)
+        layout["model.logit_scale"] = torch.tensor(4.6)
+        layout["model.attn_mask"] = torch.full((77, 77), float("-inf")).triu(1)
+    return layout
+
+
+def original_bert(bert):
+    """BERTEmbedder: x_transformers' TransformerWrapper, whose list alternates attention and feed-forward."""
+    layout, inner = Layout(), bert.model
+    layout.put("transformer.token_emb", inner.embed_tokens)
+    layout.put("transformer.pos_emb.emb", inner.embed_positions)
+    for i, layer in enumerate(inner.layers):
+        attend, forward = f"transformer.attn_layers.layers.{2 * i}", f"transformer.attn_layers.layers.{2 * i + 1}"
+        layout.put(f"{attend}.0", layer.self_attn_layer_norm)
+        layout.put(f"{attend}.1.to_q", layer.self_attn.q_proj)
+        layout.put(f"{attend}.1.to_k", layer.self_attn.k_proj)
+        layout.put(f"{attend}.1.to_v", layer.self_attn.v_proj)
+        layout.put(f"{attend}.1.to_out", layer.self_attn.out_proj)
+        layout.put(f"{forward}.0", layer.final_layer_norm)
+        layout.put(f"{forward}.1.net.0.0", layer.fc1)
+        layout.put(f"{forward}.1.net.2", layer.fc2)
+    layout.put("transformer.norm", inner.layer_norm)
+    layout.put("transformer.to_logits", bert.to_logits)
+    return layout
+
+
+def original(unet, vae, text):
+    """The whole latent diffusion model: its three parts, and the buffers of its schedule."""
+    whole = {f"model.diffusion_model.{k}": w for k, w in unet.items()}
+    whole |= {f"first_stage_model.{k}": w for k, w in vae.items()}
+    whole |= {f"cond_stage_model.{k}": w for k, w in text.items()}
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    for name, buffer in (("betas", betas), ("alphas_cumprod", alpha_bar), ("sqrt_alphas_cumprod", alpha_bar.sqrt())):
+        whole[name] = buffer.float()
+    return whole

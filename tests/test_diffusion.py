@@ -1,0 +1,130 @@
+"""The schedule and the samplers: against diffusers' schedulers over whole trajectories, and closed forms."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from tinyti.diffusion import Schedule, denoise, randn
+
+from .conftest import relative_error
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
+
+
+def network(x, t):
+    """A smooth stand-in for a UNet, whose errors would grow along the way."""
+    return torch.tanh(x * 1.3 + 0.2) * (0.5 + t / 2000) + 0.1 * x.flip(-1)
+
+
+def their_trajectory(sampler, config, x, steps, eta, seed):
+    scheduler = SCHEDULERS[sampler](**config, **({"clip_sample": False} if sampler != "dpm++" else {}))
+    scheduler.set_timesteps(steps)
+    noise = {"generator": torch.Generator().manual_seed(seed)}
+    noise |= {"eta": eta} if sampler == "ddim" else {}
+    trajectory = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.item()), t, x, **noise).prev_sample
+        trajectory.append(x)
+    return trajectory
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler, steps, eta", [("ddim", 50, 0.0), ("ddim", 30, 0.7), ("ddpm", 40, 0.0), ("dpm++", 25, 0.0), ("dpm++", 8, 0.0)])
+def test_trajectories(sampler, steps, eta, spacing, prediction):
+    config = {**SD, "timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1}
+    if sampler == "ddim":
+        config["set_alpha_to_one"] = False
+    if spacing == "trailing":
+        config["steps_offset"] = 0
+    x_T = randn((2, 4, 8, 8), torch.Generator().manual_seed(1))
+    theirs = their_trajectory(sampler, config, x_T, steps, eta, seed=2)
+    ours = list(denoise(network, x_T, Schedule.from_config(config), steps, sampler, eta, torch.Generator().manual_seed(2)))
+    assert len(ours) == len(theirs) == steps
+    for a, b in zip(theirs, ours):
+        assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_alpha_bar_is_the_product(schedule):
+    s = Schedule(beta_start=0.00085, beta_end=0.012, beta_schedule=schedule)
+    reference = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=schedule).alphas_cumprod
+    assert s.alpha_bar.dtype == torch.float64
+    assert s.alpha_bar[499].item() == pytest.approx((1 - s.betas[:500]).prod().item(), rel=1e-12)
+    assert relative_error(reference.double(), s.alpha_bar) <= 1e-5
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_target_splits_back_into_its_parts(prediction):
+    s = Schedule(prediction_type=prediction, **SD)
+    x_0, eps, t = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3), torch.tensor([0, 10, 500, 900, 999])
+    x_t = s.add_noise(x_0, eps, t)
+    x_0_again, eps_again = s.split(x_t, s.target(x_0, eps, t), t)
+    assert torch.allclose(x_0_again, x_0, atol=1e-4) and torch.allclose(eps_again, eps, atol=1e-4)
+    scheduler = DDPMScheduler(prediction_type=prediction, **SD)
+    assert torch.allclose(scheduler.add_noise(x_0, eps, t), x_t, atol=1e-5)
+    if prediction == "v_prediction":
+        assert torch.allclose(scheduler.get_velocity(x_0, eps, t), s.target(x_0, eps, t), atol=1e-5)
+
+
+def test_the_chain_of_single_steps_has_the_closed_form():
+    """x_t by t small Gaussian steps (2006.11239, eq. 2) has eq. 4's mean and variance."""
+    s, t = Schedule(**SD), 300
+    x_0 = torch.full((200_000,), 2.0)
+    x, generator = x_0.clone(), torch.Generator().manual_seed(0)
+    for beta in s.betas[: t + 1].tolist():
+        x = (1 - beta) ** 0.5 * x + beta**0.5 * randn(x.shape, generator)
+    assert x.mean().item() == pytest.approx(2 * s.alpha_bar[t].sqrt().item(), abs=0.01)
+    assert x.var().item() == pytest.approx(1 - s.alpha_bar[t].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_samplers_reach_a_known_distribution(sampler):
+    """With the exact denoiser of Gaussian data N(1.5, 0.5²), samples are N(1.5, 0.5²)."""
+    s = Schedule(**SD, timestep_spacing="trailing", set_alpha_to_one=True)
+
+    def predict(x, t):
+        a = s.alpha_bar[t].item()
+        posterior = 1.5 + 0.25 * a**0.5 / (0.25 * a + 1 - a) * (x - 1.5 * a**0.5)
+        return (x - a**0.5 * posterior) / (1 - a) ** 0.5
+
+    g = torch.Generator().manual_seed(0)
+    x_0 = 1.5 + 0.5 * randn((20_000,), g)  # at t = 999 a little of the data still shows: begin with it
+    x_T = s.add_noise(x_0, randn((20_000,), g), torch.full((20_000,), 999))
+    *_, x = denoise(predict, x_T, s, 200, sampler, generator=g)
+    assert x.mean().item() == pytest.approx(1.5, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_list_of_generators_makes_each_sample_its_own():
+    def three(seeds):
+        return randn((len(seeds), 4, 2, 2), [torch.Generator().manual_seed(s) for s in seeds])
+
+    assert torch.equal(three([5, 6, 7])[1], three([6])[0])
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        randn((3, 1), [torch.Generator(), torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"prediction_type": "sample"}, "prediction_type"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing"),
+        ({"clip_sample": True}, "clip_sample"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_unsupported_configurations_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_config(config)
+
+
+def test_bad_requests_are_named():
+    s = Schedule(**SD)
+    with pytest.raises(ValueError, match="steps is 1001"):
+        s.timesteps(1001)
+    with pytest.raises(ValueError, match="sampler is 'euler'"):
+        next(denoise(network, torch.zeros(1, 1), s, 10, "euler"))

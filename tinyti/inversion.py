@@ -1,0 +1,213 @@
+"""Textual Inversion (Gal et al., 2208.01618): learn the vectors of a word, and nothing else, so that a frozen
+model predicts the noise in pictures of a thing from prompts that name it.  Equation 2 of the paper:
+
+    v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from .concept import Concept
+from .data import prompt
+from .diffusion import randn
+
+EVALUATIONS = 16  # samples in the fixed batch that a vector is judged by
+
+# What `choose_start` tries: common nouns that are one entry of CLIP's vocabulary and most of BERT's.
+START_WORDS = """cat dog bird fish rabbit bear horse cow sheep mouse elephant lion fox monkey turtle frog insect animal
+person man woman child face hand baby doll toy robot statue sculpture figurine mask monster dragon
+car truck bus train bike boat ship plane house building castle church bridge tower room
+tree flower plant leaf mushroom fruit apple cake bread food mountain rock cloud
+cup mug bottle bowl plate teapot vase lamp clock chair table sofa bed bag backpack hat shoe shirt dress glasses
+book phone camera computer guitar piano ball kite candle key box jar can pot pillow teddy necklace ring""".split()
+STYLE_WORDS = """painting drawing sketch art watercolor oil pencil ink cartoon anime comic illustration poster print
+mosaic glass neon pixel photo abstract pattern graffiti collage render vintage art""".split()
+
+
+@dataclass
+class Subject:
+    """One word and what it is learned from: the latents of its pictures, and the prompts for each of them."""
+
+    concept: Concept
+    mean: torch.Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
+    std: torch.Tensor
+    prompts: list[list[str]]  # for each picture, one per template
+    start: torch.Tensor | None = None  # the vectors before the first step, on the CPU
+    step: int = 0  # how many the word has been trained for
+    evaluations: list[float] = field(default_factory=list)  # loss on the fixed batch, from step 0 on
+    finished: bool = False
+    optimizer: torch.optim.Optimizer | None = None
+
+    def state_dict(self):
+        """All that a later run needs to go on exactly from here."""
+        return {
+            "step": self.step,
+            "vectors": self.concept.vectors.detach().cpu().clone(),
+            "start": self.start,
+            "evaluations": list(self.evaluations),
+            "finished": self.finished,
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+        }
+
+    def put(self, vectors):
+        """Replace the word's vectors."""
+        with torch.no_grad():
+            self.concept.vectors.copy_(vectors)
+
+    def load_state_dict(self, state):
+        """Take up what `state_dict` gave; the optimizer's part waits for `invert` to make one."""
+        self.put(state["vectors"])
+        self.start = state["start"]
+        self.step, self.finished = state["step"], state["finished"]
+        self.evaluations = list(state["evaluations"])
+        if state["optimizer"]:
+            self.optimizer = torch.optim.Adam([self.concept.vectors])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+@dataclass
+class Step:
+    """What one step did to one word."""
+
+    subject: Subject
+    number: int
+    loss: float
+    gradient: float  # its norm before clipping
+    evaluated: bool  # whether the subject's `evaluations` has a new entry
+
+
+@torch.no_grad()
+def make_subject(model, concept, photos, templates, flip=True):
+    """Encode the photos once, both ways round unless told not to: -> Subject."""
+    images = torch.stack([photo.pixels for photo in photos])
+    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
+    moments = [model.vae.encode(view.to(model.device, model.dtype)) for view in views]  # a photo at a time
+    mean, std = (torch.stack(part).float() * model.vae.config.scaling_factor for part in zip(*moments))
+    prompts = [[prompt(t, concept.name, photo.caption) for t in templates] for photo in photos]
+    return Subject(concept, mean, std, prompts)
+
+
+def draw(subject, size, generator):
+    """A batch of one subject: latents x_0 (B, C, h, w), noise eps, timesteps' quantiles (B,), prompts."""
+    pictures, flips = subject.mean.shape[:2]
+    i = torch.randint(pictures, (size,), generator=generator)
+    j = torch.randint(flips, (size,), generator=generator)
+    k = torch.randint(len(subject.prompts[0]), (size,), generator=generator)
+    u = torch.rand(size, generator=generator)
+    mean, std = subject.mean[i, j], subject.std[i, j]
+    x_0 = mean + std * randn(mean.shape, generator, mean)
+    eps = randn(mean.shape, generator, mean)
+    return x_0, eps, u, [subject.prompts[a][b] for a, b in zip(i.tolist(), k.tolist())]
+
+
+def losses(model, x_0, eps, t, prompts):
+    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32."""
+    x_t = model.schedule.add_noise(x_0, eps, t)
+    with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
+        context = model.encode_prompts(prompts)
+        prediction = model.unet(x_t.to(model.dtype), t.to(x_t.device), context)
+    target = model.schedule.target(x_0, eps, t)
+    return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def evaluate(model, subject, seed=0):
+    """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
+    generator = torch.Generator().manual_seed(seed + 2**31)  # not a step's
+    x_0, eps, _, prompts = draw(subject, EVALUATIONS, generator)
+    t = (torch.arange(EVALUATIONS) * model.schedule.num_train_timesteps + 500) // EVALUATIONS
+    return losses(model, x_0, eps, t, prompts).mean().item()
+
+
+@torch.no_grad()
+def choose_start(model, subject, words, seed=0):
+    """The word of the vocabulary that already explains the pictures best: {word: loss}, best first.
+
+    Words that are not one entry of the vocabulary are passed over.  Leaves the concept as it was.
+    """
+    before, found = subject.concept.vectors.clone(), {}
+    for word in words:
+        ids = model.tokenizer.core.encode(word, add_special_tokens=False).ids
+        if len(ids) == 1:
+            subject.put(model.text.table[ids].expand_as(before))
+            found[word] = evaluate(model, subject, seed)
+    subject.put(before)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def invert(
+    model,
+    subjects,
+    steps=1000,
+    batch_size=8,
+    lr=5e-3,
+    seed=0,
+    early_stop=True,
+    evaluate_every=10,
+    accumulate=1,
+):
+    """Learn the vectors of every subject's word: a generator that yields its `Step`s, one for each word, in turn.
+
+    batch_size: samples of each word per step, in all processes together; accumulate: parts in which each
+    process works them off.  lr: what Adam takes, whatever the batch.  A word ends where `converged` says so.
+    The draws of a step depend on `seed` and its number alone: a run that is resumed (Subject.load_state_dict),
+    distributed, or has further words beside it walks the same path.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    for s in subjects:
+        if s.step == 0:
+            s.start = s.concept.vectors.detach().cpu().clone()
+            s.optimizer = torch.optim.Adam([s.concept.vectors], lr=lr)
+        s.evaluations = s.evaluations or [evaluate(model, s, seed)]
+
+    for number in range(min(s.step for s in subjects) + 1, steps + 1):
+        for s in subjects:
+            if s.finished or s.step >= number:
+                continue
+            x_0, eps, u, prompts = draw(s, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + number))
+            t = (u * model.schedule.num_train_timesteps).long()
+            s.optimizer.zero_grad()
+            total = torch.zeros((), device=model.device)
+            for part in torch.arange(rank, batch_size, ranks).tensor_split(accumulate):
+                if len(part):  # the last of many processes may have none
+                    loss = losses(model, x_0[part], eps[part], t[part], [prompts[i] for i in part]).sum() / batch_size
+                    scaler.scale(loss).backward()
+                    total += loss.detach()
+            if ranks > 1:  # sums, for every process has divided by the whole batch
+                dist.all_reduce(s.concept.vectors.grad)
+                dist.all_reduce(total)
+            scaler.unscale_(s.optimizer)
+            gradient = torch.nn.utils.clip_grad_norm_([s.concept.vectors], 1.0)
+            scaler.step(s.optimizer)
+            scaler.update()
+
+            s.step = number
+            evaluated = number % evaluate_every == 0 or number == steps
+            if evaluated:
+                s.evaluations.append(evaluate(model, s, seed))
+                s.finished = early_stop and converged(s.evaluations)
+            yield Step(s, number, total.item(), gradient.item(), evaluated)
+
+
+def converged(evaluations, window=12, ratio=0.05):
+    """Whether the last evaluations vary little against all of them (DVAR, 2302.04841)."""
+    if len(evaluations) < 2 * window:
+        return False
+    history = torch.tensor(evaluations, dtype=torch.float64)
+    return bool(history[-window:].var() < ratio**2 * history.var())
+
+
+def trouble(subject):
+    """Why the word is not to be trusted, in a line; None if it has learned something."""
+    first, last = subject.evaluations[0], subject.evaluations[-1]
+    if not torch.isfinite(subject.concept.vectors).all() or last != last:
+        return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
+    if torch.equal(subject.concept.vectors.detach().cpu(), subject.start):
+        return "the vector has not moved: its gradient was zero"
+    if last >= first:
+        return f"the evaluation loss has not fallen ({first:.4f} at the start, {last:.4f} now); try another --lr or --init"
+    return None
