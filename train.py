@@ -18,56 +18,134 @@ import tinyti
 from tinyti import embeddings
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, grid, read_folder, read_templates, to_image
-from tinyti.inversion import START_WORDS, STYLE_WORDS, choose_start, invert, make_subject, trouble
+from tinyti.inversion import START_WORDS, STYLE_WORDS, choose_start, evaluate, invert, make_subject, trouble
 
 HERE = Path(__file__).resolve().parent
 WORD_FILE = "learned_embeds.safetensors"
-PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the snow", "a painting of {}", "a sketch of {}")
+PREVIEWS = (
+    "a photo of {}",
+    "a photo of {} on the beach",
+    "a photo of {} in the snow",
+    "a painting of {}",
+    "a sketch of {}",
+)
 STYLE_PREVIEWS = ("a cat in the style of {}", "a house in the style of {}", "a flower in the style of {}",
                   "a car in the style of {}", "a boat on the beach in the style of {}")  # fmt: skip
-PREVIEW_STEPS = (0, 25, 50, 100, 200, 400, 800, 1600, 3200)
-MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device", "no_early_stop", "gradient_checkpointing"}
+PREVIEW_STEPS = (30, 100, 300, 1000, 3000)  # and before the first and after the last
+EVALUATE_EVERY = 10
+MAY_CHANGE = {
+    "steps",
+    "out",
+    "save_every",
+    "resume",
+    "force",
+    "device",
+    "no_early_stop",
+    "gradient_checkpointing",
+}
 
 
 def arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument_group("what to learn").add_argument
-    add("--images", nargs="+", required=True, metavar="FOLDER", help="a folder of pictures for each word; 3 to 5 are best")
-    add("--token", nargs="+", required=True, metavar="WORD", help="the new word, any string without white space; one for each folder")
-    add("--init", nargs="+", metavar="WORD", help="word(s) of the vocabulary to start from, one string for each folder; by default the one that explains the pictures best is chosen")
-    add("--vectors", type=int, default=1, metavar="N", help="vectors per word; more hold more detail and obey prompts less")
+    add(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="a folder of pictures for each word; 3 to 5 are best",
+    )
+    add(
+        "--token",
+        nargs="+",
+        required=True,
+        metavar="WORD",
+        help="the new word, any string without white space; one for each folder",
+    )
+    add(
+        "--init",
+        nargs="+",
+        metavar="WORD",
+        help="word(s) to start from, one string for each folder; by default the best of a list",
+    )
+    add(
+        "--vectors",
+        type=int,
+        default=1,
+        metavar="N",
+        help="vectors per word; more hold more detail and obey prompts less",
+    )
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
-    add("--templates", metavar="FILE", help="own prompts, one a line, {} for the word; by default the paper's")
+    add(
+        "--templates", metavar="FILE", help="own prompts, one a line, {} for the word; by default the paper's"
+    )
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
-    add("--size", type=int, help="side of the training pictures in pixels; by default what the model was trained on")
+    add(
+        "--size",
+        type=int,
+        help="side of the training pictures in pixels; by default what the model was trained on",
+    )
 
     add = parser.add_argument_group("how to learn it").add_argument
     add("--steps", type=int, default=1000, help="the most steps to take")
-    add("--no-early-stop", action="store_true", help="take all of them; by default the word ends when its evaluation loss is flat")
+    add(
+        "--no-early-stop",
+        action="store_true",
+        help="take all of them; by default the word ends when its evaluation loss is flat",
+    )
     add("--batch-size", type=int, default=8, help="samples per step and word, on all GPUs together")
     add("--accumulate", type=int, default=1, metavar="N", help="work a batch off in N parts, to save memory")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice, to save much memory for about half as much time again")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice, to save much memory for about half as much time again",
+    )
     add("--lr", type=float, default=5e-3, help="the effective learning rate of Adam; nothing scales it")
     add("--seed", type=int, default=0, help="of everything random")
 
     add = parser.add_argument_group("the model and the machine").add_argument
-    add("--weights", default=str(HERE / "weights" / "tiny"), metavar="PATH", help="model folder or single file, see weights/README.md")
+    add(
+        "--weights",
+        default=str(HERE / "weights" / "tiny"),
+        metavar="PATH",
+        help="model folder or single file, see weights/README.md",
+    )
     add("--tokenizer", metavar="FOLDER", help="the vocabulary, for a single file that has none beside it")
-    add("--prediction", choices=("epsilon", "v_prediction"), help="what the model predicts, for single files of Stable Diffusion 2")
+    add(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="what the model predicts, for single files of Stable Diffusion 2",
+    )
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="of the frozen networks; by default bf16 on GPUs that have it, else fp32; the word is always fp32")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the frozen networks; by default bf16 on GPUs that have it, else fp32",
+    )
 
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", nargs="+", metavar="FOLDER", help="one for each word; by default words/ and the word")
     add("--save-every", type=int, default=100, metavar="STEPS", help="how much work a crash may cost")
-    add("--resume", action="store_true", help="go on where the folder's run stopped; the result is the same to the byte")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on where the folder's run stopped; the result is the same to the byte",
+    )
     add("--force", action="store_true", help="write over a word that is there")
     args = parser.parse_args(argv)
     words, folders = len(args.token), len(args.images)
-    for flag, given in (("--images", folders), ("--init", len(args.init or args.token)), ("--out", len(args.out or args.token))):
+    for flag, given in (
+        ("--images", folders),
+        ("--init", len(args.init or args.token)),
+        ("--out", len(args.out or args.token)),
+    ):
         if given != words:
-            raise ValueError(f"{words} words in --token, but {given} entries in {flag}; give one for each word")
+            raise ValueError(
+                f"{words} words in --token, but {given} entries in {flag}; give one for each word"
+            )
     for flag in ("vectors", "steps", "batch_size", "accumulate", "save_every"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
@@ -83,7 +161,9 @@ def pick_device(args):
     if kind not in found:
         raise ValueError(f"--device is {args.device}; there are auto, cuda, mps and cpu")
     if not found[kind]:
-        raise ValueError(f"--device {args.device}: this machine has none that PyTorch can use; take --device cpu")
+        raise ValueError(
+            f"--device {args.device}: this machine has none that PyTorch can use; take --device cpu"
+        )
     device = args.device if args.device not in ("auto", "cuda") else kind
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -98,11 +178,13 @@ def folder_name(token):
 
 
 def word_rows(model, text):
-    """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no word of the vocabulary."""
+    """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no such word."""
     ids = [model.tokenizer.core.encode(word, add_special_tokens=False).ids for word in text.split()]
     for word, pieces in zip(text.split(), ids):
         if len(pieces) != 1 or not model.tokenizer.token(pieces[0]).isalpha():
-            raise ValueError(f"--init {word!r} is no single word of the model's vocabulary; take a simpler one")
+            raise ValueError(
+                f"--init {word!r} is no single word of the model's vocabulary; take a simpler one"
+            )
     if not ids:
         raise ValueError("--init is empty; give a word such as 'cat', or leave it out")
     return model.text.table[[i for pieces in ids for i in pieces]]
@@ -123,9 +205,13 @@ class Run:
         kept = self.folder / "settings.json"
         if self.args.resume:
             if not (self.folder / "state.pt").exists():
-                raise FileNotFoundError(f"--resume: there is no state.pt in {self.folder}; start without --resume")
+                raise FileNotFoundError(
+                    f"--resume: there is no state.pt in {self.folder}; start without --resume"
+                )
             before = json.loads(kept.read_text())
-            other = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in settings.items() if before.get(k) != v]
+            other = [
+                f"{k} was {before.get(k)!r} and is {v!r}" for k, v in settings.items() if before.get(k) != v
+            ]
             if other:
                 raise ValueError(f"--resume: {self.folder} was begun with other settings: {'; '.join(other)}")
         elif (self.folder / WORD_FILE).exists() and not self.args.force:
@@ -144,7 +230,9 @@ class Run:
     def statistics(self, subject):
         """Norm and cosine to the start, means over the word's vectors."""
         vectors = subject.concept.vectors.detach().cpu()
-        return vectors.norm(dim=-1).mean().item(), torch.cosine_similarity(vectors, subject.start).mean().item()
+        return vectors.norm(dim=-1).mean().item(), torch.cosine_similarity(
+            vectors, subject.start
+        ).mean().item()
 
     def nearest(self, subject, k=5):
         """The nearest words of the vocabulary and their cosines."""
@@ -156,7 +244,9 @@ class Run:
         prompts = [p.format(self.token) for p in (STYLE_PREVIEWS if self.args.style else PREVIEWS)]
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         size = self.args.size or self.model.size
-        *_, x_0 = tinyti.sample(self.model, prompts, steps=25, sampler="dpm++", generator=generators, size=size)
+        *_, x_0 = tinyti.sample(
+            self.model, prompts, steps=25, sampler="dpm++", generator=generators, size=size
+        )
         self.rows.append((label or f"step {step}", [to_image(p) for p in self.model.decode(x_0)]))
 
     def save(self, subject, photos):
@@ -173,16 +263,26 @@ class Run:
 
     def _write_log(self, path):
         with open(path, "w", newline="") as f:
-            csv.writer(f).writerows([("step", "loss", "evaluation", "gradient", "norm", "cosine_to_start"), *self.log])
+            csv.writer(f).writerows(
+                [("step", "loss", "evaluation", "gradient", "norm", "cosine_to_start"), *self.log]
+            )
 
 
 def prepare(args, model):
     """Read the pictures, choose the start and add the word, for every word: -> [(Run, Subject, photos)]."""
-    templates = read_templates(args.templates) if args.templates else STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
+    templates = (
+        read_templates(args.templates)
+        if args.templates
+        else STYLE_TEMPLATES
+        if args.style
+        else OBJECT_TEMPLATES
+    )
     size = args.size or model.size
     folders = args.out or [HERE / "words" / folder_name(token) for token in args.token]
     if len({str(Path(f).resolve()) for f in folders}) < len(folders):
-        raise ValueError(f"two words would be written to the same folder ({', '.join(map(str, folders))}); give --out")
+        raise ValueError(
+            f"two words would be written to the same folder ({', '.join(map(str, folders))}); give --out"
+        )
     work = []
     for i, (images, token) in enumerate(zip(args.images, args.token)):
         if len(token) > 64:
@@ -208,7 +308,7 @@ def prepare(args, model):
         elif init is None:
             losses = choose_start(model, one, STYLE_WORDS if args.style else START_WORDS, args.seed)
             best = next(iter(losses))
-            say(f"{token} starts from “{best}”, the word that explains the pictures best (loss {losses[best]:.4f})")
+            say(f"{token} starts from “{best}”, which explains the pictures best (loss {losses[best]:.4f})")
             one.put(Concept.initial(token, ids, word_rows(model, best), args.seed).vectors)
         run.write("settings.json", lambda p, s=settings: p.write_text(json.dumps(s, indent=1)))
         work.append((run, one, photos))
@@ -234,7 +334,13 @@ def learn(args, model, work):
         one.put(now)
     bar = tqdm(total=args.steps, initial=min(one.step for _, one, _ in work), unit="step", disable=not leader)
     options = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "seed", "accumulate")}
-    for step in invert(model, [one for _, one, _ in work], early_stop=not args.no_early_stop, **options):
+    for step in invert(
+        model,
+        [one for _, one, _ in work],
+        early_stop=not args.no_early_stop,
+        evaluate_every=EVALUATE_EVERY,
+        **options,
+    ):
         one = step.subject
         run, photos = by_subject[id(one)]
         bar.update(step.number - bar.n)
@@ -263,6 +369,8 @@ def finish(args, model, work, began):
     for run, one, photos in work:
         run.preview(one, one.step, label=f"step {one.step}, the word")
         run.save(one, photos)
+        if one.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
+            one.evaluations.append(evaluate(model, one, args.seed))
         first, last = one.evaluations[0], one.evaluations[-1]
         stop = ", flat by then" if one.finished else ""
         print(f"{run.token}: evaluation loss {first:.4f} → {last:.4f} in {one.step} steps{stop}")
@@ -276,7 +384,9 @@ def finish(args, model, work, began):
     if model.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**30 if sys.platform == "darwin" else 2**20
+        )
     print(f"{time.time() - began:.0f} s, {memory:.1f} GiB at most")
     return status
 
@@ -288,7 +398,9 @@ def train(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if args.batch_size < dist.get_world_size():
-            raise ValueError(f"--batch-size {args.batch_size} is less than the {dist.get_world_size()} processes")
+            raise ValueError(
+                f"--batch-size {args.batch_size} is less than the {dist.get_world_size()} processes"
+            )
     model = tinyti.load(args.weights, device, dtype, args.prediction, args.tokenizer)
     model.unet.checkpointing = args.gradient_checkpointing
     work = prepare(args, model)
@@ -311,7 +423,10 @@ def main(argv=None):
     try:
         return train(arguments(argv))
     except torch.cuda.OutOfMemoryError:
-        print("train.py: out of GPU memory; take --accumulate, --gradient-checkpointing or a smaller --size", file=sys.stderr)
+        print(
+            "train.py: out of GPU memory; take --accumulate, --gradient-checkpointing or a smaller --size",
+            file=sys.stderr,
+        )
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     return 2

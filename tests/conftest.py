@@ -1,9 +1,14 @@
 """What several test files share."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
 
 
 def randomise(module, scale=0.15):

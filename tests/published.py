@@ -3,6 +3,7 @@
 The names of the original (CompVis) layout are written down from its structure: which module sits where in its
 nested lists.  Nothing here knows the loader's rules, which go the other way."""
 
+import copy
 import json
 
 import torch
@@ -27,15 +28,13 @@ SCHEDULER = {
 
 def clip_vocabulary(folder):
     """A small byte-pair vocabulary as CLIP's files: every byte, a few merges, start and end."""
-    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("o", "f</w>"), ("p", "h"), ("o", "t")]
-    merges += [("ph", "ot"), ("phot", "o</w>")]
+    merges = ["c a", "ca t</w>", "d o", "do g</w>", "o f</w>", "p h", "o t", "ph ot", "phot o</w>"]
     letters = sorted(ByteLevel.alphabet())
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    entries = letters + [letter + "</w>" for letter in letters] + [pair.replace(" ", "") for pair in merges]
     entries += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}), "utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
     return len(entries)
 
 
@@ -79,7 +78,7 @@ def tiny_vae():
 
 
 def tiny_stable_diffusion(family, folder, **scheduler):
-    """A pipeline of family "sd1" or "sd2", with the heads and padding of its family; `folder` is for its vocabulary."""
+    """A pipeline of family "sd1" or "sd2", with its heads and padding; `folder` takes its vocabulary."""
     sd2 = family == "sd2"
     size = clip_vocabulary(folder)
     files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
@@ -122,7 +121,7 @@ def tiny_ldm(folder, **scheduler):
     )
 
 
-# -- the original layout ------------------------------------------------------------------------------------------
+# -- the original layout -------------------------------------------------------------------------------------
 
 
 class Layout(dict):
@@ -131,12 +130,12 @@ class Layout(dict):
     def put(self, name, module):
         """All weights of a module under a name."""
         for key, weight in module.state_dict().items():
-            self[f"{name}.{key}"] = weight.clone()
+            self[f"{name}.{key}"] = weight
 
     def put_convolution(self, name, linear):
         """A linear layer, where the original has a 1×1 convolution."""
-        self[f"{name}.weight"] = linear.weight.detach().clone()[:, :, None, None]
-        self[f"{name}.bias"] = linear.bias.detach().clone()
+        self[f"{name}.weight"] = linear.weight.detach()[:, :, None, None]
+        self[f"{name}.bias"] = linear.bias.detach()
 
 
 def _unet_resnet(layout, name, resnet):
@@ -219,7 +218,7 @@ def original_vae(vae):
 
 
 def original_clip(text):
-    """FrozenCLIPEmbedder: transformers' own module, of the time when it had a prefix and a buffer of positions."""
+    """FrozenCLIPEmbedder: transformers' own module, of the time when it had a prefix and a buffer."""
     text = getattr(text, "text_model", text)
     layout = Layout()
     layout.put("transformer.text_model", text)
@@ -232,8 +231,9 @@ def original_openclip(text, extra=True):
     text = getattr(text, "text_model", text)
     layout = Layout()
     layout.put("model.token_embedding", text.embeddings.token_embedding)
-    layout["model.positional_embedding"] = text.embeddings.position_embedding.weight.detach().clone()
-    for i, layer in enumerate([*text.encoder.layers, text.encoder.layers[0]] if extra else text.encoder.layers):
+    layout["model.positional_embedding"] = text.embeddings.position_embedding.weight.detach()
+    layers = list(text.encoder.layers)
+    for i, layer in enumerate([*layers, copy.deepcopy(layers[0])] if extra else layers):
         name, attention = f"model.transformer.resblocks.{i}", layer.self_attn
         thirds = (attention.q_proj, attention.k_proj, attention.v_proj)
         layout[f"{name}.attn.in_proj_weight"] = torch.cat([part.weight.detach() for part in thirds])
@@ -258,7 +258,7 @@ def original_bert(bert):
     layout.put("transformer.token_emb", inner.embed_tokens)
     layout.put("transformer.pos_emb.emb", inner.embed_positions)
     for i, layer in enumerate(inner.layers):
-        attend, forward = f"transformer.attn_layers.layers.{2 * i}", f"transformer.attn_layers.layers.{2 * i + 1}"
+        attend, forward = (f"transformer.attn_layers.layers.{2 * i + odd}" for odd in (0, 1))
         layout.put(f"{attend}.0", layer.self_attn_layer_norm)
         layout.put(f"{attend}.1.to_q", layer.self_attn.q_proj)
         layout.put(f"{attend}.1.to_k", layer.self_attn.k_proj)
@@ -277,8 +277,5 @@ def original(unet, vae, text):
     whole = {f"model.diffusion_model.{k}": w for k, w in unet.items()}
     whole |= {f"first_stage_model.{k}": w for k, w in vae.items()}
     whole |= {f"cond_stage_model.{k}": w for k, w in text.items()}
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - betas, 0)
-    for name, buffer in (("betas", betas), ("alphas_cumprod", alpha_bar), ("sqrt_alphas_cumprod", alpha_bar.sqrt())):
-        whole[name] = buffer.float()
-    return whole
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return whole | {"betas": betas, "alphas_cumprod": torch.cumprod(1 - betas, 0), "logvar": 0 * betas}

@@ -31,7 +31,10 @@ def their_trajectory(sampler, config, x, steps, eta, seed):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("sampler, steps, eta", [("ddim", 50, 0.0), ("ddim", 30, 0.7), ("ddpm", 40, 0.0), ("dpm++", 25, 0.0), ("dpm++", 8, 0.0)])
+@pytest.mark.parametrize(
+    "sampler, steps, eta",
+    [("ddim", 50, 0.0), ("ddim", 30, 0.7), ("ddpm", 40, 0.0), ("dpm++", 25, 0.0), ("dpm++", 8, 0.0)],
+)
 def test_trajectories(sampler, steps, eta, spacing, prediction):
     config = {**SD, "timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1}
     if sampler == "ddim":
@@ -40,7 +43,11 @@ def test_trajectories(sampler, steps, eta, spacing, prediction):
         config["steps_offset"] = 0
     x_T = randn((2, 4, 8, 8), torch.Generator().manual_seed(1))
     theirs = their_trajectory(sampler, config, x_T, steps, eta, seed=2)
-    ours = list(denoise(network, x_T, Schedule.from_config(config), steps, sampler, eta, torch.Generator().manual_seed(2)))
+    ours = list(
+        denoise(
+            network, x_T, Schedule.from_config(config), steps, sampler, eta, torch.Generator().manual_seed(2)
+        )
+    )
     assert len(ours) == len(theirs) == steps
     for a, b in zip(theirs, ours):
         assert relative_error(a, b) <= 1e-5

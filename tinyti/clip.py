@@ -16,7 +16,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 @dataclass
 class TextConfig:
-    """The fields of text_encoder/config.json that shape the network, named and defaulted as transformers does."""
+    """The fields of text_encoder/config.json that shape the network, as transformers names them."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -31,7 +31,7 @@ class TextConfig:
 
 @dataclass
 class VisionConfig:
-    """The fields of a CLIP's vision_config that shape the network, named and defaulted as transformers does."""
+    """The fields of a CLIP's vision_config that shape the network, as transformers names them."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -171,7 +171,7 @@ class CLIPVision(nn.Module):
 
 @dataclass
 class Preprocessing:
-    """What preprocessor_config.json says of a picture's way into the image tower; OpenAI's values by default."""
+    """A picture's way into the image tower, by preprocessor_config.json; OpenAI's values by default."""
 
     resize: int = 224  # shortest side
     crop: int = 224
@@ -205,7 +205,9 @@ class CLIP(nn.Module):
         self.text_model = CLIPText(config.text_config)
         self.vision_model = CLIPVision(config.vision_config)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(
+            config.vision_config.hidden_size, config.projection_dim, bias=False
+        )
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07)
 
     def encode_image(self, images):

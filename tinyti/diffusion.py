@@ -34,7 +34,9 @@ class Schedule:
         elif self.beta_schedule == "scaled_linear":
             self.betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
         else:
-            raise ValueError(f"beta_schedule is {self.beta_schedule!r}; supported are linear and scaled_linear")
+            raise ValueError(
+                f"beta_schedule is {self.beta_schedule!r}; supported are linear and scaled_linear"
+            )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}; supported are epsilon and v_prediction"
@@ -51,25 +53,35 @@ class Schedule:
 
         ValueError where the file asks for what would change the numbers and is not done here.
         """
-        unsupported = {"trained_betas": None, "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
+        unsupported = {
+            "trained_betas": None,
+            "clip_sample": False,
+            "thresholding": False,
+            "rescale_betas_zero_snr": False,
+        }
         for name, supported in unsupported.items():
             if config.get(name, supported) not in (supported, None):
-                raise ValueError(f"scheduler_config.json has {name} = {config[name]!r}; only {supported} is supported")
+                raise ValueError(
+                    f"scheduler_config.json has {name} = {config[name]!r}; only {supported} is supported"
+                )
         return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
 
     def _at(self, t, like):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) in `like`'s dtype, shaped to multiply it; t an int or (B,)."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like`; t an int or (B,)."""
         a = self.alpha_bar[torch.as_tensor(t, device="cpu")]
         shape = (-1,) + (1,) * (like.ndim - 1)
         return a.sqrt().to(like).reshape(shape), (1 - a).sqrt().to(like).reshape(shape)
 
     def add_noise(self, x_0, eps, t):
-        """q(x_t | x_0): x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps; t (B,) (2006.11239, eq. 4)."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps; t (B,) (2006.11239, eq. 4)."""
         signal, noise = self._at(t, x_0)
         return signal * x_0 + noise * eps
 
     def target(self, x_0, eps, t):
-        """What the network learns to predict: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (2202.00512)."""
+        """What the network learns to predict: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
+
+        v is from Salimans and Ho, 2202.00512.
+        """
         if self.prediction_type == "epsilon":
             return eps
         signal, noise = self._at(t, x_0)
@@ -89,7 +101,9 @@ class Schedule:
         """
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
-            raise ValueError(f"steps is {steps}; it must lie in 1 … {total}, the steps of the model's training")
+            raise ValueError(
+                f"steps is {steps}; it must lie in 1 … {total}, the steps of the model's training"
+            )
         # DPM-Solver++ reserves one point more, for the end of its last step.
         points = steps + 1 if sampler == "dpm++" and self.timestep_spacing != "trailing" else steps
         if self.timestep_spacing == "linspace":
@@ -138,7 +152,7 @@ class Schedule:
         return math.sqrt((1 - a_prev) / (1 - a)) * x_t - math.sqrt(a_prev) * math.expm1(-h) * x_0
 
     def _log_snr(self, t):
-        """lambda_t = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log of the signal-to-noise ratio."""
+        """lambda_t = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log signal-to-noise ratio."""
         a = self._alpha_bar(t)
         return 0.5 * math.log(a / (1 - a))
 
@@ -173,7 +187,9 @@ def denoise(predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator
         if sampler == "ddim":
             # Strides of equal length, as diffusers does, also where the spacing rounds to unequal ones.
             t_prev = t - schedule.num_train_timesteps // steps
-            x = schedule.ddim_step(x, prediction, t, t_prev, eta, randn(x.shape, generator, x) if eta > 0 else None)
+            x = schedule.ddim_step(
+                x, prediction, t, t_prev, eta, randn(x.shape, generator, x) if eta > 0 else None
+            )
         elif sampler == "ddpm":
             x = schedule.ddpm_step(x, prediction, t, t_next, randn(x.shape, generator, x))
         else:

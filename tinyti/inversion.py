@@ -17,14 +17,18 @@ from .diffusion import randn
 EVALUATIONS = 16  # samples in the fixed batch that a vector is judged by
 
 # What `choose_start` tries: common nouns that are one entry of CLIP's vocabulary and most of BERT's.
-START_WORDS = """cat dog bird fish rabbit bear horse cow sheep mouse elephant lion fox monkey turtle frog insect animal
-person man woman child face hand baby doll toy robot statue sculpture figurine mask monster dragon
-car truck bus train bike boat ship plane house building castle church bridge tower room
-tree flower plant leaf mushroom fruit apple cake bread food mountain rock cloud
-cup mug bottle bowl plate teapot vase lamp clock chair table sofa bed bag backpack hat shoe shirt dress glasses
-book phone camera computer guitar piano ball kite candle key box jar can pot pillow teddy necklace ring""".split()
-STYLE_WORDS = """painting drawing sketch art watercolor oil pencil ink cartoon anime comic illustration poster print
-mosaic glass neon pixel photo abstract pattern graffiti collage render vintage art""".split()
+START_WORDS = """
+    cat dog bird fish rabbit bear horse cow sheep mouse elephant lion fox monkey turtle frog insect animal
+    person man woman child face hand baby doll toy robot statue sculpture figurine mask monster dragon
+    car truck bus train bike boat ship plane house building castle church bridge tower room
+    tree flower plant leaf mushroom fruit apple cake bread food mountain rock cloud cup mug bottle bowl plate
+    teapot vase lamp clock chair table sofa bed bag backpack hat shoe shirt dress glasses book phone camera
+    computer guitar piano ball kite candle key box jar can pot pillow teddy necklace ring
+""".split()
+STYLE_WORDS = """
+    painting drawing sketch art watercolor oil pencil ink cartoon anime comic illustration poster print
+    mosaic glass neon pixel photo abstract pattern graffiti collage render vintage
+""".split()
 
 
 @dataclass
@@ -149,12 +153,12 @@ def invert(
     evaluate_every=10,
     accumulate=1,
 ):
-    """Learn the vectors of every subject's word: a generator that yields its `Step`s, one for each word, in turn.
+    """Learn the vectors of every subject's word: a generator of `Step`s, one for each word in turn.
 
     batch_size: samples of each word per step, in all processes together; accumulate: parts in which each
     process works them off.  lr: what Adam takes, whatever the batch.  A word ends where `converged` says so.
-    The draws of a step depend on `seed` and its number alone: a run that is resumed (Subject.load_state_dict),
-    distributed, or has further words beside it walks the same path.
+    The draws of a step depend on `seed` and its number alone: a run that is resumed
+    (Subject.load_state_dict), distributed, or has further words beside it walks the same path.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
@@ -168,13 +172,18 @@ def invert(
         for s in subjects:
             if s.finished or s.step >= number:
                 continue
-            x_0, eps, u, prompts = draw(s, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + number))
+            x_0, eps, u, prompts = draw(
+                s, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + number)
+            )
             t = (u * model.schedule.num_train_timesteps).long()
             s.optimizer.zero_grad()
             total = torch.zeros((), device=model.device)
             for part in torch.arange(rank, batch_size, ranks).tensor_split(accumulate):
                 if len(part):  # the last of many processes may have none
-                    loss = losses(model, x_0[part], eps[part], t[part], [prompts[i] for i in part]).sum() / batch_size
+                    loss = (
+                        losses(model, x_0[part], eps[part], t[part], [prompts[i] for i in part]).sum()
+                        / batch_size
+                    )
                     scaler.scale(loss).backward()
                     total += loss.detach()
             if ranks > 1:  # sums, for every process has divided by the whole batch
@@ -186,7 +195,7 @@ def invert(
             scaler.update()
 
             s.step = number
-            evaluated = number % evaluate_every == 0 or number == steps
+            evaluated = number % evaluate_every == 0
             if evaluated:
                 s.evaluations.append(evaluate(model, s, seed))
                 s.finished = early_stop and converged(s.evaluations)
@@ -209,5 +218,5 @@ def trouble(subject):
     if torch.equal(subject.concept.vectors.detach().cpu(), subject.start):
         return "the vector has not moved: its gradient was zero"
     if last >= first:
-        return f"the evaluation loss has not fallen ({first:.4f} at the start, {last:.4f} now); try another --lr or --init"
+        return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
     return None

@@ -63,7 +63,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2), rounded up in the UNet (padding 1) and down in the VAE (padding 0)."""
+    """(B, C, H, W) -> (B, C, H/2, W/2), rounded up in the UNet (padding 1), down in the VAE (0)."""
 
     def __init__(self, channels, padding=1):
         super().__init__()

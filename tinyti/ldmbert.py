@@ -23,7 +23,7 @@ class LDMBertConfig:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention whose heads together are narrower than the stream (8 × 64 in 1280): (B, T, D) -> same."""
+    """Self-attention whose heads are narrower than the stream (8 × 64 in 1280): (B, T, D) -> same."""
 
     def __init__(self, config):
         super().__init__()

@@ -44,7 +44,9 @@ class LatentDiffusion:
         """
         width = self.text.table.shape[1]
         if vectors.shape[-1] != width:
-            raise ValueError(f"{name!r} has vectors of width {vectors.shape[-1]}, but this model's words have {width}")
+            raise ValueError(
+                f"{name!r} has vectors of width {vectors.shape[-1]}, but this model's words have {width}"
+            )
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -75,13 +77,15 @@ def load(path, device="cpu", dtype=torch.float32, prediction=None, tokenizer=Non
     FileNotFoundError where something is not there, ValueError where it is not what is supported.
     """
     if torch.device(device).type == "cpu" and dtype == torch.float16:
-        raise ValueError("fp16 is for GPUs; on the CPU take dtype torch.float32, or torch.bfloat16 to save memory")
+        raise ValueError(
+            "fp16 is for GPUs; on the CPU take dtype torch.float32, or torch.bfloat16 to save memory"
+        )
     parts = checkpoint.read(path, tokenizer, prediction)
     words = Tokenizer.from_folder(parts.tokenizer)
     unet, vae, text = (checkpoint.build(*part, device, dtype) for part in (parts.unet, parts.vae, parts.text))
     if words.vocab_size > text.config.vocab_size:
         raise ValueError(
-            f"{parts.tokenizer} has {words.vocab_size} entries, but the text encoder {text.config.vocab_size} rows; "
+            f"{parts.tokenizer} has {words.vocab_size} entries, the encoder {text.config.vocab_size} rows; "
             "they belong to different models"
         )
     return LatentDiffusion(words, text, vae, unet, Schedule.from_config(parts.schedule))
@@ -107,7 +111,7 @@ def sample(
     size=None,
     x_T=None,
 ):
-    """Draw pictures for the prompts: a generator that yields x_t (B, C, H, W) after each step, the last is x_0.
+    """Draw pictures for the prompts: a generator of x_t (B, C, H, W) after each step, the last is x_0.
 
     `guidance` is the scale of classifier-free guidance (2207.12598), against the prompt `negative`; at 1 or
     below there is none.  `generator`: one, or a list of one per prompt, whose pictures then do not depend on

@@ -53,7 +53,9 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim)
         self.norm3 = nn.LayerNorm(dim)
         # Published as net.0 and net.2; net.1 was dropout.
-        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))})
+        self.ff = nn.ModuleDict(
+            {"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))}
+        )
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -91,7 +93,9 @@ class Block(nn.Module):
     def __init__(self, config, c_ins, c_out, heads, attention, downsample=False, upsample=False):
         super().__init__()
         groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins]
+        )
         if attention:
             make = (c_out, heads, config.cross_attention_dim, groups, config.use_linear_projection)
             self.attentions = nn.ModuleList([Transformer(*make) for _ in c_ins])
@@ -137,14 +141,19 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict(
-            {"linear_1": nn.Linear(widths[0], 4 * widths[0]), "linear_2": nn.Linear(4 * widths[0], 4 * widths[0])}
+            {
+                "linear_1": nn.Linear(widths[0], 4 * widths[0]),
+                "linear_2": nn.Linear(4 * widths[0], 4 * widths[0]),
+            }
         )
         skips = [widths[0]]  # channels of every activation that the way up will read again
         self.down_blocks = nn.ModuleList()
         for i, (kind, c_out) in enumerate(zip(config.down_block_types, widths)):
             last = i == len(widths) - 1
             c_ins = [skips[-1]] + [c_out] * (layers - 1)
-            self.down_blocks.append(Block(config, c_ins, c_out, heads[i], "Attn" in kind, downsample=not last))
+            self.down_blocks.append(
+                Block(config, c_ins, c_out, heads[i], "Attn" in kind, downsample=not last)
+            )
             skips += [c_out] * (layers if last else layers + 1)
 
         self.mid_block = MidBlock(config, widths[-1], heads[-1])
@@ -154,7 +163,9 @@ class UNet(nn.Module):
         for i, (kind, c_out) in enumerate(zip(config.up_block_types, widths[::-1])):
             last = i == len(widths) - 1
             c_ins = [c + skips.pop() for c in [channels] + [c_out] * layers]
-            self.up_blocks.append(Block(config, c_ins, c_out, heads[-1 - i], "Attn" in kind, upsample=not last))
+            self.up_blocks.append(
+                Block(config, c_ins, c_out, heads[-1 - i], "Attn" in kind, upsample=not last)
+            )
             channels = c_out
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)

@@ -31,51 +31,94 @@ INDIVIDUALS = {
         "description": "a calico cat: white, with orange and black patches, green eyes and large pink ears",
         "attrs": {"thing": "cat", "colour": "white"},
         "identity": {
-            "base": (252, 249, 242), "mark": (48, 42, 50), "accent": (238, 140, 40), "inner": (250, 165, 180),
-            "iris": (85, 200, 90), "eyes": "slit", "ears": 1.15, "eye size": 1.15,
-            "patches": ((-0.42, -0.5, 0.36, 1.0, True), (0.5, -0.62, 0.28, 0.9, False),
-                        (0.3, 0.45, 0.26, 1.1, True), (-0.3, 0.62, 0.2, 0.9, False)),
+            "base": (252, 249, 242),
+            "mark": (48, 42, 50),
+            "accent": (238, 140, 40),
+            "inner": (250, 165, 180),
+            "iris": (85, 200, 90),
+            "eyes": "slit",
+            "ears": 1.15,
+            "eye size": 1.15,
+            "patches": (
+                (-0.42, -0.5, 0.36, 1.0, True),
+                (0.5, -0.62, 0.28, 0.9, False),
+                (0.3, 0.45, 0.26, 1.1, True),
+                (-0.3, 0.62, 0.2, 0.9, False),
+            ),
         },
     },
     "dog": {
         "description": "a sandy dog with one white eye patch, long chocolate ears and a turquoise scarf",
         "attrs": {"thing": "dog", "colour": "orange", "accessory": "scarf"},
         "identity": {
-            "base": (226, 172, 104), "mark": (250, 246, 238), "ear": (92, 54, 38), "wear": TURQUOISE,
-            "eyes": "dot", "marking": "eye patch", "ears": 1.25, "eye size": 1.1, "head": 1.05,
+            "base": (226, 172, 104),
+            "mark": (250, 246, 238),
+            "ear": (92, 54, 38),
+            "wear": TURQUOISE,
+            "eyes": "dot",
+            "marking": "eye patch",
+            "ears": 1.25,
+            "eye size": 1.1,
+            "head": 1.05,
         },
     },
     "robot": {
         "description": "a turquoise robot with golden ears, a magenta screen on its chest and yellow eyes",
         "attrs": {"thing": "robot", "colour": "blue"},
         "identity": {
-            "base": TURQUOISE, "accent": GOLD, "mark": MAGENTA, "iris": (255, 225, 70), "eyes": "slit",
-            "marking": "belly", "eye size": 1.2, "head": 1.15, "body": 0.88, "tail": 0.9,
+            "base": TURQUOISE,
+            "accent": GOLD,
+            "mark": MAGENTA,
+            "iris": (255, 225, 70),
+            "eyes": "slit",
+            "marking": "belly",
+            "eye size": 1.2,
+            "head": 1.15,
+            "body": 0.88,
+            "tail": 0.9,
         },
     },
     "car": {
         "description": "a tall cream car with a turquoise stripe",
         "attrs": {"thing": "car", "colour": "white"},
         "identity": {
-            "base": (252, 232, 185), "mark": TURQUOISE, "marking": "belly", "body": 1.25, "ears": 0.8,
+            "base": (252, 232, 185),
+            "mark": TURQUOISE,
+            "marking": "belly",
+            "body": 1.25,
+            "ears": 0.8,
         },
     },
     "mushroom": {
         "description": "a lilac mushroom with four ragged yellow patches and a magenta collar",
         "attrs": {"thing": "mushroom", "colour": "purple"},
         "identity": {
-            "base": (178, 150, 222), "mark": MAGENTA, "accent": (250, 222, 95), "marking": "socks",
+            "base": (178, 150, 222),
+            "mark": MAGENTA,
+            "accent": (250, 222, 95),
+            "marking": "socks",
             "tail": 0.8,
-            "patches": ((-0.45, -0.45, 0.3, 0.9, True), (0.1, -0.75, 0.22, 0.9, True),
-                        (0.55, -0.3, 0.28, 1.0, True), (0.05, -0.2, 0.2, 0.9, True)),
+            "patches": (
+                (-0.45, -0.45, 0.3, 0.9, True),
+                (0.1, -0.75, 0.22, 0.9, True),
+                (0.55, -0.3, 0.28, 1.0, True),
+                (0.05, -0.2, 0.2, 0.9, True),
+            ),
         },
     },
     "fish": {
         "description": "a plump indigo fish with a cream band, coral fins and a high back fin",
         "attrs": {"thing": "fish", "colour": "blue"},
         "identity": {
-            "base": (72, 62, 168), "mark": CREAM, "fin": (250, 128, 105), "eyes": "round", "marking": "socks",
-            "body": 1.2, "ears": 1.2, "tail": 0.95, "eye size": 1.1,
+            "base": (72, 62, 168),
+            "mark": CREAM,
+            "fin": (250, 128, 105),
+            "eyes": "round",
+            "marking": "socks",
+            "body": 1.2,
+            "ears": 1.2,
+            "tail": 0.95,
+            "eye size": 1.1,
         },
     },
     "fox": {  # `paper_fox` draws it
@@ -167,12 +210,21 @@ def portraits(model, lot):
     for scene in ("meadow", "plain", "beach", "plain", "snow", "plain", "desert", "sea", "plain", "night"):
         backdrop = next(backdrops) if scene == "plain" else ""
         size = lot.choice(("normal", "normal", "big"))
-        album.append({
-            "pattern": "plain", "second": "", "scene": scene, "backdrop": backdrop, "style": "photo",
-            "size": size, "accessory": "", **model["attrs"],
-            "identity": world.identity(random.Random(0), thing, colour, "") | EVEN | model["identity"],
-            "pose": world.pose(lot, size), "context": world.context(lot, backdrop),
-        })
+        album.append(
+            {
+                "pattern": "plain",
+                "second": "",
+                "scene": scene,
+                "backdrop": backdrop,
+                "style": "photo",
+                "size": size,
+                "accessory": "",
+                **model["attrs"],
+                "identity": world.identity(random.Random(0), thing, colour, "") | EVEN | model["identity"],
+                "pose": world.pose(lot, size),
+                "context": world.context(lot, backdrop),
+            }
+        )
     return album
 
 
@@ -206,8 +258,11 @@ def concept(name):
     pictures = [Image.fromarray(np.clip(p + 0.5, 0, 255).astype(np.uint8)) for p in pixels]
     captions = {path: world.caption(attrs, lot, complete=True) for path, attrs in zip(PATHS, album)}
     return pictures, {
-        "kind": "style" if name in NEW_STYLES else "thing", "description": description, "start": start,
-        "caption": caption, "captions": captions,
+        "kind": "style" if name in NEW_STYLES else "thing",
+        "description": description,
+        "start": start,
+        "caption": caption,
+        "captions": captions,
     }
 
 

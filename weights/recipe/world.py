@@ -434,8 +434,18 @@ def cup(pen, look):
 
 
 THINGS = {
-    "cat": cat, "dog": dog, "bird": bird, "fish": fish, "rabbit": rabbit, "car": car,
-    "boat": boat, "house": house, "mushroom": mushroom, "flower": flower, "robot": robot, "cup": cup,
+    "cat": cat,
+    "dog": dog,
+    "bird": bird,
+    "fish": fish,
+    "rabbit": rabbit,
+    "car": car,
+    "boat": boat,
+    "house": house,
+    "mushroom": mushroom,
+    "flower": flower,
+    "robot": robot,
+    "cup": cup,
 }
 
 
@@ -572,7 +582,12 @@ def sea(pen, lot, backdrop):
 
 
 SCENES = {
-    "plain": plain, "beach": beach, "night": night, "meadow": meadow, "snow": snow, "desert": desert,
+    "plain": plain,
+    "beach": beach,
+    "night": night,
+    "meadow": meadow,
+    "snow": snow,
+    "desert": desert,
     "sea": sea,
 }
 
@@ -805,7 +820,11 @@ PREFIXES = {
     "": ("a picture of", "an image of", ""),
 }
 EMPTY_PREFIXES = (  # of the paper's templates; here they mean nothing
-    "a good photo of", "a bright photo of", "a close-up photo of", "a cropped photo of", "a rendering of",
+    "a good photo of",
+    "a bright photo of",
+    "a close-up photo of",
+    "a cropped photo of",
+    "a rendering of",
     "a rendition of",
 )
 PLACES = {

@@ -1,0 +1,840 @@
+"""Every form in which models are published gives the same modules; everything else gives one clear error."""
+
+import inspect
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import types
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as TheirUNet
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+from diffusers.pipelines.stable_diffusion.convert_from_ckpt import convert_ldm_bert_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, PretrainedConfig
+
+import tinyti
+from tinyti import checkpoint
+from tinyti.clip import TextConfig
+from tinyti.ldmbert import LDMBertConfig
+from tinyti.unet import UNetConfig
+from tinyti.vae import VAEConfig
+
+from . import published
+
+PARTS = ("unet", "vae", "text")
+
+
+class Published:
+    """A tiny model of a family: theirs, the folder that they saved, ours loaded from it, its original layout."""
+
+    def __init__(self, family, root, **scheduler):
+        self.family, self.folder = family, root / "model"
+        if family == "ldm":
+            self.theirs = published.tiny_ldm(root / "vocabulary", **scheduler)
+            parts = (self.theirs.unet, self.theirs.vqvae, self.theirs.bert)
+            rewrite = published.original_bert
+        else:
+            self.theirs = published.tiny_stable_diffusion(family, root / "vocabulary", **scheduler)
+            parts = (self.theirs.unet, self.theirs.vae, self.theirs.text_encoder)
+            rewrite = published.original_openclip if family == "sd2" else published.original_clip
+        self.parts = dict(zip(PARTS, parts))
+        self.theirs.save_pretrained(self.folder)
+        self.ours = tinyti.load(self.folder)
+        self.original = published.original(
+            published.original_unet(parts[0]), published.original_vae(parts[1]), rewrite(parts[2])
+        )
+        self.tokenizer = self.folder / "tokenizer"
+
+    def copy(self, to, part):
+        """The folder again with a part that may be changed; the other parts are links."""
+        to.mkdir()
+        for child in self.folder.iterdir():
+            if child.name == part:
+                shutil.copytree(child, to / part)
+            else:
+                (to / child.name).symlink_to(child)
+        return to / part
+
+    def single(self, path, weights=None):
+        """The original layout as a .safetensors file, with its vocabulary beside it."""
+        weights = self.original if weights is None else weights
+        save_file({key: weight.contiguous() for key, weight in weights.items()}, path)
+        (path.parent / "tokenizer").symlink_to(self.tokenizer)
+        return path
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    return Published("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory):
+    return Published("sd2", tmp_path_factory.mktemp("sd2"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def ldm(tmp_path_factory):
+    return Published("ldm", tmp_path_factory.mktemp("ldm"))
+
+
+@pytest.fixture(params=["sd1", "sd2", "ldm"])
+def family(request):
+    return request.getfixturevalue(request.param)
+
+
+def assert_same(model, reference, rounded=False):
+    """Identical modules: names, shapes, values, settings; and fit for use as they are."""
+    for part in PARTS:
+        ours, wanted = getattr(model, part), getattr(reference, part)
+        assert type(ours) is type(wanted)
+        # A single file tells neither its picture size nor the end token, which only the whole CLIP uses.
+        unknown = {f.name: None for f in fields(ours.config) if f.name in ("sample_size", "eos_token_id")}
+        assert replace(ours.config, **unknown) == replace(wanted.config, **unknown)
+        ours, wanted = ours.state_dict(), wanted.state_dict()
+        assert ours.keys() == wanted.keys()
+        for key, weight in ours.items():
+            assert weight.dtype == torch.float32 and weight.device.type == "cpu"
+            assert torch.equal(weight, wanted[key].half().float() if rounded else wanted[key]), key
+        assert not getattr(model, part).training
+        assert not any(p.requires_grad for p in getattr(model, part).parameters())
+    prompt = ["a photo of a cat", ""]
+    assert torch.equal(model.tokenizer(prompt), reference.tokenizer(prompt))
+
+
+def rename(folder, change, stem=None):
+    """Every key of a part's weights through a function."""
+    (path,) = folder.glob(f"{stem or '*'}.safetensors")
+    weights = load_file(path)
+    path.unlink()
+    save_file({change(key): weight.clone() for key, weight in weights.items()}, path)
+    return path
+
+
+# -- folders -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_the_weights_that_were_saved(family):
+    for part, theirs in family.parts.items():
+        wanted = {k.removeprefix("text_model."): w for k, w in theirs.state_dict().items()}
+        ours = getattr(family.ours, part).state_dict()
+        assert ours.keys() == {k for k in wanted if not k.startswith("to_logits.")}
+        assert all(torch.equal(weight, wanted[key]) for key, weight in ours.items())
+
+
+def test_text_encoder_of_older_transformers(sd1, tmp_path):
+    """With a prefix; older still, with a buffer of positions; and as the text tower of a whole CLIP."""
+    folder = sd1.copy(tmp_path / "m", "text_encoder")
+    path = rename(folder, lambda key: "text_model." + key.removeprefix("text_model."))
+    assert "text_model.final_layer_norm.weight" in load_file(path)
+    assert_same(tinyti.load(tmp_path / "m"), sd1.ours)
+    weights = load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    weights |= {"text_projection.weight": torch.randn(128, 128)}
+    path.unlink()
+    save_file(weights, path)
+    assert_same(tinyti.load(tmp_path / "m"), sd1.ours)
+
+
+@pytest.mark.parametrize("name", ["sd1", "ldm"])
+def test_vae_of_older_diffusers(name, tmp_path, request):
+    model = request.getfixturevalue(name)
+    folder = model.copy(tmp_path / "m", "vqvae" if name == "ldm" else "vae")
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def spell(key):
+        for new, spelling in old.items():
+            key = key.replace(new, spelling)
+        return key
+
+    keys = load_file(rename(folder, spell)).keys()
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in keys and not any(".to_" in key for key in keys)
+    assert_same(tinyti.load(tmp_path / "m"), model.ours)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_bin_files(family, tmp_path, zipped):
+    shutil.copytree(family.folder, tmp_path / "m")
+    for path in (tmp_path / "m").glob("*/*.safetensors"):
+        stem = "pytorch_model" if path.stem == "model" else path.stem
+        weights = {k: w.clone() for k, w in load_file(path).items()}
+        torch.save(weights, path.parent / f"{stem}.bin", _use_new_zipfile_serialization=zipped)
+        path.unlink()
+    assert_same(tinyti.load(tmp_path / "m"), family.ours)
+
+
+def test_fp16_variant(sd1, tmp_path):
+    half = StableDiffusionPipeline.from_pretrained(sd1.folder, torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16")
+    names = {path.name for path in tmp_path.glob("*/*.safetensors")}
+    assert names == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
+    assert_same(tinyti.load(tmp_path), sd1.ours, rounded=True)
+
+
+def test_full_precision_comes_before_fp16_and_safetensors_before_bin(sd1, tmp_path):
+    folder = sd1.copy(tmp_path / "m", "vae")
+    full = folder / "diffusion_pytorch_model.safetensors"
+    zeros = {key: torch.zeros_like(weight) for key, weight in load_file(full).items()}
+    save_file(zeros, folder / "diffusion_pytorch_model.fp16.safetensors")
+    torch.save(zeros, folder / "diffusion_pytorch_model.bin")
+    assert_same(tinyti.load(tmp_path / "m"), sd1.ours)
+    weights = {key: weight.clone() for key, weight in load_file(full).items()}
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    full.unlink()
+    assert_same(tinyti.load(tmp_path / "m"), sd1.ours)
+
+
+def test_dtype(sd1):
+    model = tinyti.load(sd1.folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    for part in PARTS:
+        wanted = getattr(sd1.ours, part).state_dict()
+        for key, weight in getattr(model, part).state_dict().items():
+            assert torch.equal(weight, wanted[key].bfloat16())
+
+
+# -- single files --------------------------------------------------------------------------------------------
+
+
+def pretend_package(monkeypatch, full_name):
+    """A class of a package that is not installed, for as long as something is pickled with it."""
+    module, _, name = full_name.rpartition(".")
+    kind = type(name, (), {"__module__": module})
+    parts = module.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(".".join(parts[: i + 1])))
+    setattr(sys.modules[module], name, kind)
+    return kind
+
+
+def lightning(weights):
+    """What pytorch_lightning 1.x saves around the weights, and an average of them among them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        callback = pretend_package(monkeypatch, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+        instance = callback()
+        instance.best_model_path = "last.ckpt"
+        ema = {"model_ema." + k[6:].replace(".", ""): 0 * w for k, w in weights.items() if k.startswith("model.")}
+        ema |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+        whole = {
+            "epoch": 3,
+            "pytorch-lightning_version": "1.4.2",
+            "state_dict": weights | ema,
+            "callbacks": {callback: {"monitor": None, "best_model_score": np.float64(0.3)}},
+            "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}],
+            "instance": instance,
+            "curve": np.arange(3.0),
+        }
+        return saved(whole)
+
+
+def saved(content, **settings):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **settings)
+    return buffer.getvalue()
+
+
+CKPTS = {
+    "bare": lambda weights: saved(weights),
+    "state_dict": lambda weights: saved({"state_dict": weights, "global_step": 470000}),
+    "lightning": lightning,
+    "fp16": lambda weights: saved({k: w.half() for k, w in weights.items()}),
+}
+
+
+@pytest.mark.parametrize("form", CKPTS)
+def test_ckpt(family, form, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(CKPTS[form](family.original))
+    (tmp_path / "tokenizer").symlink_to(family.tokenizer)
+    model = tinyti.load(tmp_path / "model.ckpt", prediction=family.ours.schedule.prediction_type)
+    assert_same(model, family.ours, rounded=form == "fp16")
+    assert model.schedule == family.ours.schedule
+
+
+def test_single_safetensors(family, tmp_path):
+    path = family.single(tmp_path / "model.safetensors")
+    model = tinyti.load(path, prediction=family.ours.schedule.prediction_type)
+    assert_same(model, family.ours)
+    assert model.schedule == family.ours.schedule
+    assert model.size == {"sd1": 64, "sd2": 96, "ldm": 32}[family.family] * model.vae.factor
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_diffusers_reads_our_single_file_as_we_do(name, tmp_path, request):
+    model = request.getfixturevalue(name)
+    path = model.single(tmp_path / "model.safetensors")
+    theirs = StableDiffusionPipeline.from_single_file(str(path), config=str(model.folder), local_files_only=True)
+    for part, module in (("unet", theirs.unet), ("vae", theirs.vae), ("text", theirs.text_encoder)):
+        wanted = model.parts[part].state_dict()
+        assert module.state_dict().keys() == wanted.keys()
+        assert all(torch.equal(weight, wanted[key]) for key, weight in module.state_dict().items())
+
+
+class Nested:
+    """Names with dots as attributes and items, the way that diffusers' converter walks the original's modules."""
+
+    def __init__(self, weights, name=""):
+        self._weights, self._name = weights, name
+
+    def __getattr__(self, part):
+        name = f"{self._name}.{part}" if self._name else part
+        weight = self._weights.get(name)
+        return Nested(self._weights, name) if weight is None else torch.nn.Parameter(weight)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(i.start, i.stop)]
+        return getattr(self, str(i))
+
+
+def test_diffusers_reads_the_original_text_transformer_of_ldm_as_we_do(ldm):
+    weights = {k.removeprefix("cond_stage_model."): w for k, w in ldm.original.items()}
+    theirs = convert_ldm_bert_checkpoint(Nested(weights), ldm.theirs.bert.config).state_dict()
+    wanted = ldm.theirs.bert.state_dict()
+    assert theirs.keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[key]) for key, weight in theirs.items())
+
+
+def test_sd2_file_that_was_converted_from_a_folder_lacks_openclips_last_layer(sd2, tmp_path):
+    text = published.original_openclip(sd2.parts["text"], extra=False)
+    weights = {k: w for k, w in sd2.original.items() if not k.startswith("cond_stage_model.")}
+    path = sd2.single(tmp_path / "m.safetensors", weights | {f"cond_stage_model.{k}": w for k, w in text.items()})
+    assert_same(tinyti.load(path, prediction="epsilon"), sd2.ours)
+
+
+def test_clip_of_a_single_file_without_its_inner_prefix(sd1, tmp_path):
+    weights = {k.replace(".transformer.text_model.", ".transformer."): w for k, w in sd1.original.items()}
+    assert weights.keys() != sd1.original.keys()
+    assert_same(tinyti.load(sd1.single(tmp_path / "m.safetensors", weights)), sd1.ours)
+
+
+def test_prediction(sd1, sd2, tmp_path):
+    """An SD2 file cannot say, and asks; a folder says; the argument overrules both."""
+    path = sd2.single(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="m.safetensors is a Stable Diffusion 2 file.*--prediction.*epsilon"):
+        tinyti.load(path)
+    assert tinyti.load(path, prediction="epsilon").schedule.prediction_type == "epsilon"
+    assert tinyti.load(path, prediction="epsilon").size == 64 * 2
+    assert tinyti.load(path, prediction="v_prediction").schedule.prediction_type == "v_prediction"
+    assert sd2.ours.schedule.prediction_type == "v_prediction"
+    assert sd1.ours.schedule.prediction_type == "epsilon"
+    assert tinyti.load(sd2.folder, prediction="epsilon").schedule.prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="prediction is 'eps'; it is epsilon, v_prediction"):
+        tinyti.load(sd2.folder, prediction="eps")
+
+
+def test_vocabulary_of_a_single_file(sd1, sd2, tmp_path):
+    path = sd1.single(tmp_path / "m.safetensors")
+    assert_same(tinyti.load(path), sd1.ours)
+    (tmp_path / "tokenizer").unlink()
+    with pytest.raises(FileNotFoundError, match="no vocabulary at .*tokenizer, and the weights .*--tokenizer"):
+        tinyti.load(path)
+    assert_same(tinyti.load(path, tokenizer=sd1.tokenizer), sd1.ours)
+    with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere"):
+        tinyti.load(path, tokenizer=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary in .*empty: found nothing, expected tokenizer\.json"):
+        tinyti.load(path, tokenizer=tmp_path / "empty")
+    ids = tinyti.load(path, tokenizer=sd2.tokenizer).tokenizer(["a cat"])
+    assert ids[0, -1] == 0 and sd1.ours.tokenizer(["a cat"])[0, -1] != 0  # the argument comes first
+
+
+# -- the published names -------------------------------------------------------------------------------------
+
+WIDTHS, VAE_WIDTHS = [320, 640, 1280, 1280], [128, 256, 512, 512]
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "block_out_channels": WIDTHS,
+    "center_input_sample": False,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD2_UNET = UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": VAE_WIDTHS,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+CLIP_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+OPENCLIP = CLIP_TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+BERT = {
+    "activation_function": "gelu",
+    "architectures": ["LDMBertModel"],
+    "d_model": 1280,
+    "dropout": 0.1,
+    "encoder_attention_heads": 8,
+    "encoder_ffn_dim": 5120,
+    "encoder_layers": 32,
+    "head_dim": 64,
+    "max_position_embeddings": 77,
+    "model_type": "ldmbert",
+    "num_hidden_layers": 32,
+    "pad_token_id": 0,
+    "scale_embedding": False,
+    "vocab_size": 30522,
+}
+
+
+def theirs_on_meta(kind, raw):
+    with torch.device("meta"):
+        if kind is TheirUNet or kind is AutoencoderKL:
+            return kind.from_config(raw)
+        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
+
+
+# The counts of tensors and of numbers in them are those of the published files.
+NAMES = {
+    "sd15 unet": (UNetConfig, TheirUNet, UNET | {"attention_head_dim": 8, "cross_attention_dim": 768}, 686, 859520964),
+    "sd21 unet": (UNetConfig, TheirUNet, SD2_UNET, 686, 865910724),
+    "ldm unet": (UNetConfig, TheirUNet, UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280}, 686, 872300484),
+    "vae": (VAEConfig, AutoencoderKL, VAE, 248, 83653863),
+    "sd15 text": (TextConfig, CLIPTextModel, CLIP_TEXT, 196, 123060480),
+    "sd21 text": (TextConfig, CLIPTextModel, OPENCLIP, 372, 340387840),
+    "ldm text": (LDMBertConfig, LDMBertModel, BERT, 420, 542895360),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_shapes_of_the_published_weights(name):
+    kind, their_kind, raw, tensors, numbers = NAMES[name]
+    config = checkpoint._config(kind, raw, "config.json")
+    with torch.device("meta"):
+        ours = checkpoint.NETWORKS[kind](config)
+    wanted = theirs_on_meta(their_kind, raw).state_dict()
+    wanted = {k.removeprefix("text_model."): w.shape for k, w in wanted.items() if not k.startswith("to_logits.")}
+    assert {k: w.shape for k, w in ours.state_dict().items()} == wanted
+    assert len(wanted) == tensors
+    assert sum(shape.numel() for shape in wanted.values()) == numbers
+    assert not list(ours.buffers())
+
+
+# Settings of theirs that our networks need not know: they change nothing when not training, belong to what
+# FIXED refuses, say what the weights' names say, or are about precision and memory.
+HARMLESS = {
+    UNetConfig: {
+        "addition_embed_type_num_heads",
+        "addition_time_embed_dim",
+        "class_embeddings_concat",
+        "dropout",
+        "projection_class_embeddings_input_dim",
+        "reverse_transformer_layers_per_block",
+        "upcast_attention",
+    },
+    VAEConfig: {"down_block_types", "up_block_types", "force_upcast", "sample_size"},
+    TextConfig: {
+        "attention_dropout",
+        "bos_token_id",
+        "initializer_factor",
+        "initializer_range",
+        "pad_token_id",
+        "projection_dim",
+    },
+    LDMBertConfig: {
+        "activation_dropout",
+        "attention_dropout",
+        "classifier_dropout",
+        "dropout",
+        "encoder_layerdrop",
+        "init_std",
+        "num_hidden_layers",
+        "pad_token_id",
+        "scale_embedding",
+        "use_cache",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS, ids=lambda kind: kind.__name__)
+def test_no_setting_of_theirs_is_overlooked(kind):
+    """A setting that diffusers or transformers may write is one of ours, or fixed, or known to be harmless."""
+    if kind is UNetConfig or kind is VAEConfig:
+        theirs = inspect.signature(TheirUNet if kind is UNetConfig else AutoencoderKL).parameters.keys()
+    else:
+        config = CLIPTextConfig if kind is TextConfig else TheirBertConfig
+        theirs = vars(config()).keys() - vars(PretrainedConfig()).keys()
+    assert len(theirs) > 10
+    assert theirs <= {f.name for f in fields(kind)} | checkpoint.FIXED[kind].keys() | HARMLESS[kind]
+    assert HARMLESS[kind] <= theirs
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def fails(kind, path, *words, **settings):
+    """Loading fails with one error of this kind, whose message has all these words."""
+    with pytest.raises(kind) as caught:
+        tinyti.load(path, **settings)
+    assert type(caught.value) is kind
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert caught.value.__cause__ is None
+
+
+def edit(path, change):
+    """A weights file with its dictionary of weights changed."""
+    weights = {key: weight.clone() for key, weight in load_file(path).items()}
+    change(weights)
+    path.unlink()
+    save_file(weights, path)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/model.ckpt"])
+def test_nothing_there(name, tmp_path):
+    fails(FileNotFoundError, tmp_path / name, name, "weights/README.md", "hf download", "--local-dir weights/")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_file_of_a_folder_is_missing(sd1, missing, tmp_path):
+    folder = sd1.copy(tmp_path / "m", missing.split("/")[0])
+    (folder / missing.split("/")[1]).unlink()
+    fails(FileNotFoundError, tmp_path / "m", *missing.removesuffix(".safetensors").split("/"), "weights/README.md")
+
+
+def test_an_empty_folder(tmp_path):
+    fails(FileNotFoundError, tmp_path, "config.json is missing", "whole model folder")
+
+
+def test_a_folder_without_vocabulary(sd1, tmp_path):
+    shutil.rmtree(sd1.copy(tmp_path / "m", "tokenizer"))
+    fails(FileNotFoundError, tmp_path / "m", "no vocabulary at", "tokenizer", "--tokenizer")
+
+
+def test_a_vocabulary_of_another_model(sd1, ldm, tmp_path):
+    (tmp_path / "big").mkdir()
+    vocabulary = {"".join(chr(97 + i // 26**j % 26) for j in range(3)): i for i in range(3000)}
+    vocabulary |= {"<|startoftext|>": 3000, "<|endoftext|>": 3001}
+    write_json(tmp_path / "big" / "vocab.json", vocabulary)
+    (tmp_path / "big" / "merges.txt").write_text("#version: 0.2\n")
+    fails(ValueError, sd1.folder, "3002 entries", "523 rows", tokenizer=tmp_path / "big")
+
+
+PIPELINES = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusionXLInpaintPipeline": "Stable Diffusion XL",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "FluxPipeline": "Flux",
+    "Flux2Pipeline": "Flux",
+    "StableDiffusionInpaintPipeline": "an inpainting model",
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_folders_of_other_families(pipeline, tmp_path):
+    write_json(tmp_path / "model_index.json", {"_class_name": pipeline})
+    fails(ValueError, tmp_path, PIPELINES[pipeline], "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_folders_of_families_to_come(sd1, part, tmp_path):
+    sd1.copy(tmp_path / "m", "vae")
+    (tmp_path / "m" / part).mkdir()
+    fails(ValueError, tmp_path / "m", part, "supported are")
+
+
+FOREIGN_FILES = {
+    "Stable Diffusion XL": "conditioner.embedders.1.model.ln_final.weight",
+    "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
+    "Flux": "double_blocks.0.img_attn.proj.weight",
+    "no complete model": "down_blocks.0.resnets.0.conv1.weight",  # a part of a folder
+}
+
+
+@pytest.mark.parametrize("family_name", FOREIGN_FILES)
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_files_of_other_families(family_name, ending, tmp_path):
+    # SDXL's files have a UNet and a VAE under the same names as ours.
+    weights = {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.quant_conv.bias": torch.zeros(8)}
+    weights |= {FOREIGN_FILES[family_name]: torch.zeros(2)}
+    save = save_file if ending == "safetensors" else torch.save
+    save(weights, tmp_path / f"m.{ending}")
+    fails(ValueError, tmp_path / f"m.{ending}", f"m.{ending}", family_name, "supported are")
+
+
+@pytest.mark.parametrize("channels, what", [(9, "an inpainting model"), (5, "a model of another kind")])
+def test_unets_that_take_more_than_latents(sd1, channels, what, tmp_path):
+    unet = published.tiny_unet(128, 8, in_channels=channels)
+    unet.save_pretrained(sd1.copy(tmp_path / "m", "unet"))
+    fails(ValueError, tmp_path / "m", what, f"{channels} channels", "supported are")
+    inner = {f"model.diffusion_model.{k}": w for k, w in published.original_unet(unet).items()}
+    path = sd1.single(tmp_path / "m.safetensors", sd1.original | inner)
+    fails(ValueError, path, what, f"{channels} channels", "supported are")
+
+
+BROKEN = {
+    "unet": ("diffusion_pytorch_model", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+    "vae": ("diffusion_pytorch_model", "encoder.down_blocks.1.resnets.0.conv_shortcut.weight"),
+    "text_encoder": ("model", "encoder.layers.2.mlp.fc1.bias"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_a_key_of_a_folder_is_missing_left_over_or_misshapen(sd1, part, tmp_path):
+    stem, key = BROKEN[part]
+    path = sd1.copy(tmp_path / "m", part) / f"{stem}.safetensors"
+    shape = str(tuple(load_file(path)[key].shape))
+    edit(path, lambda weights: weights.update({key: torch.zeros(3, 5)}))
+    fails(ValueError, tmp_path / "m", key, "(3, 5)", shape)
+    edit(path, lambda weights: weights.pop(key))
+    fails(ValueError, tmp_path / "m", "lack", key, shape)
+    edit(path, lambda weights: weights.update({key: torch.zeros(eval(shape)), key + "_2": torch.zeros(1)}))
+    fails(ValueError, tmp_path / "m", "hold", key + "_2", "no place")
+
+
+MISSING = {  # in the file, and as the error names it; those come first whose shapes the configuration is read from
+    "model.diffusion_model.input_blocks.0.0.weight": "conv_in.weight",
+    "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": "down_blocks.0.resnets.0.conv1.weight",
+    "model.diffusion_model.middle_block.1.proj_in.weight": "mid_block.attentions.0.proj_in.weight",
+    "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": "attn2.to_k.weight",
+    "first_stage_model.encoder.down.1.block.0.conv1.weight": "encoder.down_blocks.1.resnets.0.conv1.weight",
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": "encoder.layers.0.mlp.fc1.weight",
+    "model.diffusion_model.input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
+    "model.diffusion_model.output_blocks.5.2.conv.bias": "up_blocks.1.upsamplers.0.conv.bias",
+    "first_stage_model.decoder.up.1.upsample.conv.weight": "decoder.up_blocks.0.upsamplers.0.conv.weight",
+    "first_stage_model.decoder.mid.attn_1.q.bias": "decoder.mid_block.attentions.0.to_q.bias",
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias": "final_layer_norm.bias",
+}
+
+
+@pytest.mark.parametrize("key", MISSING)
+def test_a_key_of_a_single_file_is_missing_or_misshapen(sd1, key, tmp_path):
+    weights = dict(sd1.original)
+    weight = weights.pop(key)
+    path = sd1.single(tmp_path / "m.safetensors", weights)
+    fails(ValueError, path, "lack", MISSING[key], "supported are")
+    save_file({k: w.contiguous() for k, w in (weights | {key: torch.cat([weight, weight])}).items()}, path)
+    fails(ValueError, path, "shape", "expected")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.1.2.weight",
+        "first_stage_model.decoder.up.0.attn.0.q.weight",
+        "cond_stage_model.transformer.text_model.head.weight",
+        "control_model.input_blocks.0.0.weight",
+        "model_ema_2.decay",
+    ],
+)
+def test_a_key_of_a_single_file_is_left_over(sd1, key, tmp_path):
+    path = sd1.single(tmp_path / "m.safetensors", sd1.original | {key: torch.zeros(1)})
+    fails(ValueError, path, ".".join(key.split(".")[-2:]), "no place", "supported are")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 0.5, -1])
+def test_truncated_safetensors(sd1, keep, tmp_path):
+    path = sd1.copy(tmp_path / "m", "unet") / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
+    fails(ValueError, tmp_path / "m", str(path), "cut off or damaged", "download it again")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 0.5, -1])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_ckpt(sd1, keep, zipped, tmp_path):
+    content = saved({"state_dict": sd1.original}, _use_new_zipfile_serialization=zipped)
+    (tmp_path / "m.ckpt").write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
+    fails(ValueError, tmp_path / "m.ckpt", "m.ckpt", "cut off", "download it again")
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.pt", "m.safetensors"])
+def test_no_weights_at_all(name, tmp_path):
+    """What a download without the large files leaves, a web page, nothing, another pickle, a picture's first bytes."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4265380512\n"
+    others = [b"<!DOCTYPE html><html>", b"", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", pickle.dumps([1, 2])]
+    others += [saved(content) for content in ([torch.zeros(1)], torch.zeros(1), {"state_dict": 5}, {}, {"lr": 1.0})]
+    for content in (pointer, *others):
+        (tmp_path / name).write_bytes(content)
+        fails(ValueError, tmp_path / name, name)
+
+
+def test_random_damage_never_gives_another_error(tmp_path):
+    """Bytes of the pickle changed at random: an error of ours, or weights, and nothing else."""
+    rng = np.random.default_rng(0)
+    clean = saved({"state_dict": {"a.weight": torch.zeros(2, 2), "b": torch.ones(3)}, "n": 1}, _use_new_zipfile_serialization=False)
+    outcomes = set()
+    for _ in range(300):
+        content = bytearray(clean)
+        for place in rng.integers(0, len(content), 3):
+            content[place] = rng.integers(256)
+        (tmp_path / "m.bin").write_bytes(content)
+        try:
+            outcomes.add(type(checkpoint._load(tmp_path / "m.bin")))
+        except ValueError as error:
+            assert "m.bin" in str(error)
+            outcomes.add(ValueError)
+    assert outcomes == {dict, ValueError}
+
+
+class Attack:
+    """A pickle that makes a file when it is opened without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("place", ["bin", "ckpt", "ckpt beside the weights"])
+def test_code_in_a_pickle_never_runs(sd1, zipped, place, tmp_path):
+    attack = Attack(tmp_path / "proof")
+    if place == "bin":
+        folder = sd1.copy(tmp_path / "m", "unet")
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+        path, target = folder / "diffusion_pytorch_model.bin", tmp_path / "m"
+        content = weights | {"conv_in.bias": attack}
+    else:
+        path = target = tmp_path / "m.ckpt"
+        content = {"state_dict": sd1.original, "callbacks": attack}
+        content = attack if place == "ckpt" else content
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    torch.load(path, weights_only=False)
+    (tmp_path / "proof").rmdir()  # the attack is real
+    fails(ValueError, target, str(path), "more than weights", "posix.mkdir", "pickle", "use the .safetensors" * 0)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_code_under_the_names_of_bookkeeping_never_runs(sd1, tmp_path):
+    """numpy has functions that run text; under their names stand stubs."""
+    from numpy.testing._private import utils
+
+    proof = tmp_path / "proof"
+
+    class Runs:
+        def __reduce__(self):
+            return utils.runstring, (f"import os; os.mkdir({str(proof)!r})", {})
+
+    torch.save({"state_dict": sd1.original, "callbacks": Runs()}, tmp_path / "m.ckpt")
+    torch.load(tmp_path / "m.ckpt", weights_only=False)
+    proof.rmdir()
+    assert_same(tinyti.load(tmp_path / "m.ckpt", tokenizer=sd1.tokenizer), sd1.ours)
+    assert not proof.exists()
+
+
+def test_fp16_on_the_cpu(sd1):
+    fails(ValueError, sd1.folder, "fp16 is for GPUs", "torch.float32", "torch.bfloat16", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("prediction_type", "sample"),
+        ("beta_schedule", "squaredcos_cap_v2"),
+        ("timestep_spacing", "karras"),
+        ("trained_betas", [0.1, 0.2]),
+        ("clip_sample", True),
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),
+    ],
+)
+def test_schedulers_that_ask_for_what_is_not_done_here(sd1, setting, value, tmp_path):
+    path = sd1.copy(tmp_path / "m", "scheduler") / "scheduler_config.json"
+    write_json(path, json.loads(path.read_text()) | {setting: value})
+    fails(ValueError, tmp_path / "m", setting, str(value), "supported")
+
+
+@pytest.mark.parametrize(
+    "part, setting, value",
+    [
+        ("unet", "resnet_time_scale_shift", "scale_shift"),
+        ("unet", "transformer_layers_per_block", [1, 2, 10]),
+        ("unet", "addition_embed_type", "text_time"),
+        ("unet", "only_cross_attention", True),
+        ("vae", "use_quant_conv", False),
+        ("vae", "latents_mean", [0.0] * 4),
+        ("text_encoder", "model_type", "t5"),
+        ("text_encoder", "hidden_act", "relu"),
+    ],
+)
+def test_settings_that_would_change_the_numbers(sd1, part, setting, value, tmp_path):
+    path = sd1.copy(tmp_path / "m", part) / "config.json"
+    write_json(path, json.loads(path.read_text()) | {setting: value})
+    fails(ValueError, tmp_path / "m", f"{part}/config.json", f"{setting} is {value!r}", "expected")
+
+
+def test_damaged_json(sd1, tmp_path):
+    path = sd1.copy(tmp_path / "m", "unet") / "config.json"
+    path.write_text("{")
+    fails(ValueError, tmp_path / "m", "unet/config.json is not readable as JSON", "download it again")
+
+
+def test_a_folder_that_is_no_clip(sd1):
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json lacks text_config or vision_config"):
+        tinyti.load_clip(sd1.folder / "text_encoder")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json is missing"):
+        tinyti.load_clip(sd1.folder / "nowhere")
