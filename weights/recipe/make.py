@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import tinyti  # noqa: E402
 from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig  # noqa: E402
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES  # noqa: E402
 from tinyti.diffusion import Schedule, denoise, randn  # noqa: E402
@@ -71,6 +73,8 @@ class Recipe:
     unet_samples: int = 400_000
     unet_batch: int = 64
     probe_samples: int = 250_000
+    generated: int = 1_000
+    guidance: float = 5.0
     unet_lr: float = 1e-3
     offset_noise: float = 0.2
     empty_prompts: float = 0.1
@@ -212,7 +216,7 @@ def train(run, stage, module, loss_of, samples, batch, lr, bf16=False, muon=Fals
     run.write(final.name, lambda p: save_file({k: v.contiguous() for k, v in module.state_dict().items()}, p))
 
 
-# -- pictures --------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------
 
 
 def _render(args):
@@ -243,7 +247,7 @@ def to_images(array):
     return torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# -- tokenizer -------------------------------------------------------------------------------------------
+# -- tokenizer -----------------------------------------------------------------------------------------
 
 
 def tokenizer(run, captions):
@@ -276,7 +280,7 @@ def tokenizer(run, captions):
     return Tokenizer.from_folder(folder)
 
 
-# -- CLIP ------------------------------------------------------------------------------------------------
+# -- CLIP ----------------------------------------------------------------------------------------------
 
 
 def clip(run, array, ids):
@@ -321,7 +325,7 @@ def initialise(model):
     return model
 
 
-# -- VAE -------------------------------------------------------------------------------------------------
+# -- VAE -----------------------------------------------------------------------------------------------
 
 
 def vae(run, array):
@@ -368,7 +372,7 @@ def psnr(model, images):
     return (-10 * torch.cat(errors).log10()).mean().item()
 
 
-# -- UNet ------------------------------------------------------------------------------------------------
+# -- UNet ----------------------------------------------------------------------------------------------
 
 
 def encoded(run, name, count, encode):
@@ -458,7 +462,7 @@ def generate(unet, vae, scale, contexts, empty, steps=30, guidance=5.0, seed=0):
     return vae.decode(x_0 / scale).clamp(-1, 1)
 
 
-# -- the folder ------------------------------------------------------------------------------------------
+# -- the folder ----------------------------------------------------------------------------------------
 
 
 def plain(config):
@@ -528,7 +532,7 @@ def export(out, run, both, coder, model, scale):
         shutil.copytree(run / "tokenizer", out / folder, dirs_exist_ok=True)
 
 
-# -- the probe -------------------------------------------------------------------------------------------
+# -- the probe -----------------------------------------------------------------------------------------
 
 HEADS = {
     "thing": tuple(world.THINGS),
@@ -581,6 +585,86 @@ def accuracy(model, images, truth):
         name: (torch.cat([part[name] for part in logits]).argmax(1) == truth[name]).float().mean().item()
         for name in HEADS
     }
+
+
+# -- the card ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(run, out, array, captions):
+    """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
+    recipe, unseen = run.recipe, slice(run.recipe.pictures, None)
+    model = tinyti.load(out, run.device)
+    judge = probe(run, array, captions).cpu()
+    images, truth = to_images(array[unseen]), labels(captions[unseen])
+
+    towers, words = tinyti.load_clip(out / "clip")
+    a = torch.cat([towers.encode_image(x) for x in images.split(256)])
+    b = torch.cat(
+        [
+            towers.encode_text(words([c["caption"] for c in captions[unseen][i : i + 256]]))
+            for i in range(0, len(a), 256)
+        ]
+    )
+    quizzes = [a[i : i + 500] @ b[i : i + 500].T for i in range(0, len(a) - 499, 500)]
+    right = torch.cat([quiz.argmax(1) == torch.arange(500) for quiz in quizzes])
+
+    count = recipe.generated
+    prompts = [
+        world.caption(c, random.Random(i), complete=True) for i, c in enumerate(captions[unseen][:count])
+    ]
+    drawn = []
+    for i in range(0, count, 50):
+        options = {"steps": 30, "guidance": recipe.guidance, "generator": torch.Generator().manual_seed(i)}
+        *_, x_0 = tinyti.sample(model, prompts[i : i + 50], **options)
+        drawn.append(model.decode(x_0).cpu())
+    drawn = torch.cat(drawn)
+    sheet(torch.stack([images[:24], drawn[:24]], 1).flatten(0, 1), 12, run / "contact_sheet.png")
+    sheet(drawn[:100], 10, run / "generated.png")
+    return {
+        "real": accuracy(judge, images, truth),
+        "made": accuracy(judge, drawn, {name: values[:count] for name, values in truth.items()}),
+        "psnr": psnr(model.vae.cpu(), images),
+        "retrieval": right.float().mean().item(),
+    }
+
+
+def card(run, out, measured):
+    """weights/tiny/README.md, from card.md and the figures."""
+    recipe, costs = run.recipe, json.loads((run / "costs.json").read_text())
+
+    def size(part):
+        return sum(w.numel() for w in load_file(next((out / part).glob("*.safetensors"))).values())
+
+    lines = ["| stage | samples | minutes | on |", "|---|---|---|---|"]
+    lines += [
+        f"| {k} | {v['samples']:,} | {v['seconds'] / 60:.0f} | {v['device']} |" for k, v in costs.items()
+    ]
+    text = (HERE / "card.md").read_text().format(
+        **measured,
+        text_parameters=size("text_encoder"),
+        clip_parameters=size("clip"),
+        vae_parameters=size("vae"),
+        unet_parameters=size("unet"),
+        megabytes=sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6,
+        guidance=recipe.guidance,
+        generated=recipe.generated,
+        unseen=recipe.unseen,
+        layers=recipe.clip_layers,
+        width=recipe.clip_width,
+        patch=recipe.clip_patch,
+        vocabulary=len(json.loads((out / "tokenizer" / "vocab.json").read_text())),
+        size=recipe.size,
+        side=recipe.size // 2 ** (len(recipe.vae_widths) - 1),
+        widths=", ".join(map(str, recipe.unet_widths)),
+        things=", ".join(world.THINGS),
+        colours=", ".join(world.COLOURS),
+        scenes=", ".join(list(world.SCENES)[1:]),
+        styles=", ".join(world.STYLES),
+        costs="\n".join(lines),
+    )  # fmt: skip
+    shutil.copy(run / "contact_sheet.png", out / "contact_sheet.png")
+    (out / "README.md").write_text(text)
 
 
 def sheet(images, columns, path):
@@ -642,6 +726,9 @@ def main():
         return
     coder = sharpen(run, coder, array, latents)
     export(args.out, run, both, coder, model, scale)
+    measured = measure(run, args.out, array, captions)
+    print(json.dumps(measured, indent=1))
+    card(run, args.out, measured)
 
 
 def draw_latents(coder, array, seed):

@@ -1,0 +1,18 @@
+"""How near pictures are to other pictures (reconstruction) and to a prompt (editability), in CLIP's space.
+
+The paper's two measures (2208.01618, section 5.1), by whichever CLIP is at hand: load_clip."""
+
+import torch
+
+
+@torch.no_grad()
+def clip_i(clip, pictures, references):
+    """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1, 1 is the same."""
+    return (clip.encode_image(pictures) @ clip.encode_image(references).T).mean().item()
+
+
+@torch.no_grad()
+def clip_t(clip, tokenizer, pictures, prompt):
+    """Mean cosine of PIL pictures with a prompt, in which no learned word stands: -1 … 1."""
+    text = clip.encode_text(tokenizer(prompt).to(clip.logit_scale.device))
+    return (clip.encode_image(pictures) @ text.T).mean().item()
