@@ -310,29 +310,34 @@ def prepare(args, model):
             best = next(iter(losses))
             say(f"{token} starts from “{best}”, which explains the pictures best (loss {losses[best]:.4f})")
             one.put(Concept.initial(token, ids, word_rows(model, best), args.seed).vectors)
-        run.write("settings.json", lambda p, s=settings: p.write_text(json.dumps(s, indent=1)))
+        if leads():
+            run.write("settings.json", lambda p, s=settings: p.write_text(json.dumps(s, indent=1)))
         work.append((run, one, photos))
     return work
 
 
+def leads():
+    """Whether this is the process that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def say(text):
-    """A line for the user, from the first process only and above the progress bar."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """A line for the user, above the progress bar."""
+    if leads():
         tqdm.write(text, file=sys.stderr)
 
 
 def learn(args, model, work):
     """The loop, and all that one sees of it."""
-    leader = not dist.is_initialized() or dist.get_rank() == 0
     by_subject = {id(one): (run, photos) for run, one, photos in work}
-    for run, one, _ in work if leader else []:
+    for run, one, _ in work if leads() else []:
         now = one.concept.vectors.detach().cpu().clone()
         run.vectors_at.setdefault(0, now)
         for step, vectors in run.vectors_at.items():  # rows of a resumed run are drawn again
             one.put(vectors)
             run.preview(one, step)
         one.put(now)
-    bar = tqdm(total=args.steps, initial=min(one.step for _, one, _ in work), unit="step", disable=not leader)
+    bar = tqdm(total=args.steps, initial=min(one.step for _, one, _ in work), unit="step", disable=not leads())
     options = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "seed", "accumulate")}
     for step in invert(
         model,
@@ -344,7 +349,7 @@ def learn(args, model, work):
         one = step.subject
         run, photos = by_subject[id(one)]
         bar.update(step.number - bar.n)
-        if not leader:
+        if not leads():
             continue
         norm, cosine = run.statistics(one)
         evaluation = one.evaluations[-1] if step.evaluated else ""
@@ -404,15 +409,14 @@ def train(args):
     model = tinyti.load(args.weights, device, dtype, args.prediction, args.tokenizer)
     model.unet.checkpointing = args.gradient_checkpointing
     work = prepare(args, model)
-    leader = not dist.is_initialized() or dist.get_rank() == 0
     try:
         learn(args, model, work)
     except KeyboardInterrupt:
-        for run, one, photos in work if leader else []:
+        for run, one, photos in work if leads() else []:
             run.save(one, photos)
         say("interrupted; the words so far are saved, --resume goes on")
         return 130
-    status = finish(args, model, work, began) if leader else 0
+    status = finish(args, model, work, began) if leads() else 0
     if dist.is_initialized():
         dist.destroy_process_group()
     return status

@@ -1,6 +1,7 @@
 """train.py and sample.py as a user runs them: what they write, what survives, what they refuse."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -185,6 +186,36 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
         "--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "S", *FEW, "--lr", "1e-30"
     )
     assert status == 1 and "has learned nothing" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_good_files(tmp_path, capsys, monkeypatch):
+    out, real = tmp_path / "S", torch.save
+
+    def full(state, path):
+        if state["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train("--images", CONCEPTS / "cat", "--token", "S*", "--out", out, *FEW) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    assert not list(out.glob(".*"))
+
+
+def test_out_that_cannot_be_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "file" / "S", *FEW)
+    assert train(*flags) == 2 and "file" in capsys.readouterr().err
+
+
+def test_out_of_gpu_memory_says_what_to_lower(tmp_path, capsys, monkeypatch):
+    def invert(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_py, "invert", invert)
+    flags = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "S", *FEW)
+    assert train(*flags) == 2 and "--accumulate" in capsys.readouterr().err
 
 
 def test_other_files_are_passed_over(tmp_path, capsys):

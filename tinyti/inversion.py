@@ -197,7 +197,10 @@ def invert(
             s.step = number
             evaluated = number % evaluate_every == 0
             if evaluated:
-                s.evaluations.append(evaluate(model, s, seed))
+                value = torch.tensor(evaluate(model, s, seed), device=model.device)
+                if ranks > 1:  # so that all agree when to end, down to the rounding
+                    dist.broadcast(value, 0)
+                s.evaluations.append(value.item())
                 s.finished = early_stop and converged(s.evaluations)
             yield Step(s, number, total.item(), gradient.item(), evaluated)
 

@@ -7,7 +7,7 @@ import torch
 
 @torch.no_grad()
 def clip_i(clip, pictures, references):
-    """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1, 1 is the same."""
+    """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1."""
     return (clip.encode_image(pictures) @ clip.encode_image(references).T).mean().item()
 
 
