@@ -337,7 +337,8 @@ def learn(args, model, work):
             one.put(vectors)
             run.preview(one, step)
         one.put(now)
-    bar = tqdm(total=args.steps, initial=min(one.step for _, one, _ in work), unit="step", disable=not leads())
+    done = min(one.step for _, one, _ in work)
+    bar = tqdm(total=args.steps, initial=done, unit="step", disable=not leads())
     options = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "seed", "accumulate")}
     for step in invert(
         model,
