@@ -15,7 +15,9 @@ import tinyti
 from tinyti import embeddings
 from tinyti.data import grid, to_image
 from tinyti.diffusion import SAMPLERS
-from train import HERE, pick_device
+from tinyti.model import pick_device
+
+HERE = Path(__file__).resolve().parent
 
 
 def arguments(argv=None):
@@ -115,7 +117,7 @@ def check(args, model):
 
 def draw(args):
     """All pictures, a batch per prompt and at most 8 at once: -> exit status."""
-    device, dtype = pick_device(args)
+    device, dtype = pick_device(args.device, args.precision)
     model = tinyti.load(args.weights, device, dtype, args.prediction, args.tokenizer)
     add_words(model, args.words)
     size = check(args, model)

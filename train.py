@@ -19,6 +19,7 @@ from tinyti import embeddings
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, grid, read_folder, read_templates, to_image
 from tinyti.inversion import START_WORDS, STYLE_WORDS, choose_start, evaluate, invert, make_subject, trouble
+from tinyti.model import pick_device
 
 HERE = Path(__file__).resolve().parent
 WORD_FILE = "learned_embeds.safetensors"
@@ -152,24 +153,6 @@ def arguments(argv=None):
     if not 0 < args.lr < float("inf"):
         raise ValueError(f"--lr is {args.lr}; it must be a positive number, e.g. 5e-3")
     return args
-
-
-def pick_device(args):
-    """The device and the dtype of the frozen networks."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in found if found[k]) if args.device == "auto" else args.device.split(":")[0]
-    if kind not in found:
-        raise ValueError(f"--device is {args.device}; there are auto, cuda, mps and cpu")
-    if not found[kind]:
-        raise ValueError(
-            f"--device {args.device}: this machine has none that PyTorch can use; take --device cpu"
-        )
-    device = args.device if args.device not in ("auto", "cuda") else kind
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    default = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    precision = args.precision or default
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def folder_name(token):
@@ -400,7 +383,7 @@ def finish(args, model, work, began):
 def train(args):
     """All of it: -> exit status."""
     began = time.time()
-    device, dtype = pick_device(args)
+    device, dtype = pick_device(args.device, args.precision)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if args.batch_size < dist.get_world_size():

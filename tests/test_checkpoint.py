@@ -674,7 +674,8 @@ def test_a_key_of_a_single_file_is_missing_or_misshapen(sd1, key, tmp_path):
     weight = weights.pop(key)
     path = sd1.single(tmp_path / "m.safetensors", weights)
     fails(ValueError, path, "lack", MISSING[key], "supported are")
-    save_file({k: w.contiguous() for k, w in (weights | {key: torch.cat([weight, weight])}).items()}, path)
+    wide = torch.cat([weight, weight], dim=-1)
+    save_file({k: w.contiguous() for k, w in (weights | {key: wide}).items()}, path)
     fails(ValueError, path, "shape", "expected")
 
 
@@ -698,7 +699,7 @@ def test_truncated_safetensors(sd1, keep, tmp_path):
     path = sd1.copy(tmp_path / "m", "unet") / "diffusion_pytorch_model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
-    fails(ValueError, tmp_path / "m", str(path), "cut off or damaged", "download it again")
+    fails(ValueError, tmp_path / "m", str(path), "cut off, damaged or no file", "download it again")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, 0.5, -1])
@@ -765,7 +766,7 @@ def test_code_in_a_pickle_never_runs(sd1, zipped, place, tmp_path):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     torch.load(path, weights_only=False)
     (tmp_path / "proof").rmdir()  # the attack is real
-    fails(ValueError, target, str(path), "more than weights", "posix.mkdir", "pickle", "use the .safetensors" * 0)
+    fails(ValueError, target, str(path), "posix.mkdir", "a pickle can run code", "take the .safetensors")
     assert not (tmp_path / "proof").exists()
 
 

@@ -96,8 +96,17 @@ LEFT_OUT = {
 # Packages whose objects training leaves in a .ckpt file beside the weights; empty stubs take their places.
 BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
 
-# What torch.load raises on files that are cut off, damaged, or no weights.
-UNREADABLE = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+# What the readers raise for files that are cut off, damaged, or hold something else.
+UNREADABLE = (
+    SafetensorError,
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 @dataclass
@@ -275,14 +284,14 @@ def _load(path):
     """The tensors of a .safetensors, .bin or .ckpt file, mapped into memory; a pickle's code never runs."""
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}); download it again") from None
     except UNREADABLE as error:
-        reason = re.split(r"\n|\. Please", str(error).rpartition("WeightsUnpickler error: ")[2].strip())[0]
-        raise ValueError(
-            f"{path} is cut off, or holds more than weights ({reason}).  Nothing else is read, for a pickle "
-            "can run code; download it again, or take the .safetensors file of the same model"
-        ) from None
+        beside = re.search(r"GLOBAL (\S+)", str(error))
+        if beside:
+            raise ValueError(
+                f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code; take the "
+                ".safetensors file of the same model"
+            ) from None
+        raise ValueError(f"{path} is cut off, damaged or no file of weights; download it again") from None
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not any(torch.is_tensor(w) for w in state.values()):

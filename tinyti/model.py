@@ -1,5 +1,6 @@
 """A latent diffusion model whole: its parts, and the ways from pictures and prompts into it and out again."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +90,27 @@ def load(path, device="cpu", dtype=torch.float32, prediction=None, tokenizer=Non
             "they belong to different models"
         )
     return LatentDiffusion(words, text, vae, unet, Schedule.from_config(parts.schedule))
+
+
+def pick_device(device="auto", precision=None):
+    """The device and the dtype of the networks that a user's two words mean: -> device, dtype.
+
+    "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
+    it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in there if there[k]) if device == "auto" else device.split(":")[0]
+    if kind not in there:
+        raise ValueError(f"--device is {device}; there are auto, cuda, mps and cpu")
+    if not there[kind]:
+        raise ValueError(f"--device {device}: PyTorch finds none on this machine; take --device cpu")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif device == "auto":
+        device = kind
+    if precision is None:
+        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_clip(path, device="cpu", dtype=torch.float32):
