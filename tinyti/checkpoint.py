@@ -5,7 +5,6 @@ Every key must find its place and every place its key; only what is listed by na
 import json
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +19,10 @@ from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM text2img model, and weights/tiny"
+DOWNLOAD = (
+    "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir weights/sd15 "
+    '--include "*.json" --include "*.txt" --include "[tuv]*/*model.safetensors"'
+)
 NETWORKS = {UNetConfig: UNet, VAEConfig: VAE, TextConfig: CLIPText, LDMBertConfig: LDMBert, CLIPConfig: CLIP}
 
 # Pipelines and beginnings of keys that belong to other families, and how people call these.
@@ -87,7 +90,7 @@ FIXED = {
 # Published beside the weights, but no weights of ours: buffers, projections and heads that nothing here uses.
 LEFT_OUT = {
     UNet: (),
-    VAE: ("loss.",),
+    VAE: (),
     CLIPText: ("embeddings.position_ids", "text_projection", "logit_scale", "attn_mask"),
     LDMBert: ("to_logits.",),
     CLIP: ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
@@ -97,16 +100,8 @@ LEFT_OUT = {
 BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
 
 # What the readers raise for files that are cut off, damaged, or hold something else.
-UNREADABLE = (
-    SafetensorError,
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+UNREADABLE = (SafetensorError, UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError)
+UNREADABLE += (LookupError, TypeError, AssertionError, AttributeError)
 
 
 @dataclass
@@ -159,7 +154,7 @@ def read(path, tokenizer=None, prediction=None):
     if not path.exists():
         raise FileNotFoundError(
             f"there is no model at {path}; weights/README.md has the command that puts each public model in "
-            "place, e.g. hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir weights/sd15"
+            f"place, and this one brings Stable Diffusion 1.5:\n{DOWNLOAD}"
         )
     if prediction not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")
@@ -288,15 +283,15 @@ def _load(path):
         beside = re.search(r"GLOBAL (\S+)", str(error))
         if beside:
             raise ValueError(
-                f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code; take the "
-                ".safetensors file of the same model"
+                f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code; take "
+                "the .safetensors file of the same model"
             ) from None
         raise ValueError(f"{path} is cut off, damaged or no file of weights; download it again") from None
-    if isinstance(state, Mapping):
+    if isinstance(state, dict):
         state = state.get("state_dict", state)
-    if not isinstance(state, Mapping) or not any(torch.is_tensor(w) for w in state.values()):
+    if not isinstance(state, dict) or not any(torch.is_tensor(w) for w in state.values()):
         raise ValueError(f"{path} holds no weights: expected a dictionary of tensors")
-    return {k: w for k, w in state.items() if torch.is_tensor(w)}
+    return {str(k): w for k, w in state.items() if torch.is_tensor(w)}
 
 
 def _unpickle(path):

@@ -67,7 +67,6 @@ class Recipe:
     clip_samples: int = 100_000
     vae_widths: tuple[int, ...] = (16, 32, 64)
     vae_samples: int = 60_000
-    decoder_samples: int = 40_000
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
     unet_samples: int = 400_000
@@ -345,21 +344,6 @@ def vae(run, array):
 
     # On a CPU, too, bf16 is half as fast again in these thin convolutions at full resolution.
     train(run, "vae", model, loss_of, recipe.vae_samples, 16, lr=2e-3, bf16=True)
-    return model.eval().requires_grad_(False)
-
-
-def sharpen(run, model, array, latents):
-    """Go on with the decoder alone: the latents, and so the UNet, stay as they are."""
-    recipe = run.recipe
-    decoder = torch.nn.ModuleDict({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder})
-    decoder.requires_grad_(True)
-
-    def loss_of(generator):
-        rows = torch.randint(recipe.pictures, (16,), generator=generator)
-        images, z = to_images(array[rows.numpy()]).to(run.device), latents[rows].float().to(run.device)
-        return F.mse_loss(model.decode(z).float(), images)
-
-    train(run, "decoder", decoder, loss_of, recipe.decoder_samples, 16, lr=2e-3, bf16=True)
     return model.eval().requires_grad_(False)
 
 
@@ -684,31 +668,19 @@ def main():
     parser.add_argument(
         "--unet-samples", type=int, help="stop the UNet earlier or later than the recipe says"
     )
-    parser.add_argument(
-        "--until", choices=("pictures", "clip", "vae", "latents", "unet"), help="stop after this stage"
-    )
     args = parser.parse_args()
     recipe = Recipe(**({"unet_samples": args.unet_samples} if args.unet_samples else {}))
     run = Run(args.run, recipe)
     array, captions = pictures(run)
     words = tokenizer(run, captions[: recipe.pictures])
     ids = words([c["caption"] for c in captions])
-    if args.until == "pictures":
-        return
     both = clip(run, array, ids)
-    if args.until == "clip":
-        return
     coder = vae(run, array)
-    if args.until == "vae":
-        return
-
     text = both.text_model
     latents = encoded(run, "latents", recipe.pictures, lambda a, b: draw_latents(coder, array[a:b], a))
     contexts = encoded(run, "contexts", recipe.pictures, lambda a, b: text(text.embed(ids[a:b])))
     empty = text(text.embed(words("")))
     scale = 1 / latents[:8192].float().std().item()
-    if args.until == "latents":
-        return
 
     rows = torch.arange(recipe.pictures, recipe.pictures + 24)
     preview = text(text.embed(ids[rows]))
@@ -722,9 +694,6 @@ def main():
         shutil.copy(run / "preview.png", run / f"preview-{seen}.png")
 
     model = unet(run, latents * scale, contexts, empty, look)
-    if args.until == "unet":
-        return
-    coder = sharpen(run, coder, array, latents)
     export(args.out, run, both, coder, model, scale)
     measured = measure(run, args.out, array, captions)
     print(json.dumps(measured, indent=1))
