@@ -14,10 +14,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as TheirUNet
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from tinyti import checkpoint
 from tinyti.clip import TextConfig
@@ -27,7 +26,7 @@ from tinyti.vae import VAEConfig
 
 from . import published
 from .conftest import ROOT, randomise, relative_error
-from .test_checkpoint import BERT, CLIP_TEXT, OPENCLIP, SD2_UNET, UNET, VAE
+from .test_checkpoint import BERT, CLIP_TEXT, OPENCLIP, SD2_UNET, UNET, VAE, theirs_on_meta
 
 pytestmark = pytest.mark.slow
 ERROR = 1e-5  # the largest, relative to the output's scale
@@ -38,16 +37,9 @@ UNETS = {
 }
 
 
-def random(kind, raw):
+def random_network(kind, raw):
     """A network of theirs with random weights, whose storage ours will share."""
-    with torch.device("meta"):
-        if kind is TheirUNet or kind is AutoencoderKL:
-            network = kind.from_config(raw)
-        else:
-            network = kind(
-                {CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw))
-            )
-    network = network.to_empty(device="cpu")
+    network = theirs_on_meta(kind, raw).to_empty(device="cpu")
     for name, buffer in network.named_buffers():
         assert name.endswith("position_ids")
         buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
@@ -73,7 +65,7 @@ def tidy():
 @pytest.mark.parametrize("family", UNETS)
 def test_unet(family):
     raw = UNETS[family]
-    theirs = random(TheirUNet, raw)
+    theirs = random_network(TheirUNet, raw)
     unet = ours(UNetConfig, raw, theirs)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 16, 16, generator=generator)
@@ -85,7 +77,7 @@ def test_unet(family):
 
 @torch.no_grad()
 def test_vae():
-    theirs = random(AutoencoderKL, VAE)
+    theirs = random_network(AutoencoderKL, VAE)
     vae = ours(VAEConfig, VAE, theirs)
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(1, 3, 96, 64, generator=generator) * 2 - 1
@@ -108,7 +100,7 @@ TEXTS = {
 @pytest.mark.parametrize("family", TEXTS)
 def test_text(family):
     kind, their_kind, raw = TEXTS[family]
-    theirs = random(their_kind, raw)
+    theirs = random_network(their_kind, raw)
     text = ours(kind, raw, theirs)
     ids = torch.randint(0, raw["vocab_size"] - 1, (2, 77), generator=torch.Generator().manual_seed(1))
     wanted = theirs(ids)[0]
@@ -129,10 +121,10 @@ def sd15(tmp_path_factory):
         "merges": str(root / "vocabulary" / "merges.txt"),
     }
     pipeline = StableDiffusionPipeline(
-        vae=random(AutoencoderKL, VAE),
-        text_encoder=random(CLIPTextModel, CLIP_TEXT),
+        vae=random_network(AutoencoderKL, VAE),
+        text_encoder=random_network(CLIPTextModel, CLIP_TEXT),
         tokenizer=CLIPTokenizer(**files, model_max_length=77),
-        unet=random(TheirUNet, UNETS["sd15"]),
+        unet=random_network(TheirUNet, UNETS["sd15"]),
         scheduler=DDIMScheduler(**published.SCHEDULER),
         safety_checker=None,
         feature_extractor=None,

@@ -575,11 +575,10 @@ def accuracy(model, images, truth):
 
 
 @torch.no_grad()
-def measure(run, out, array, captions):
+def measure(run, out, judge, array, captions):
     """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
     recipe, unseen = run.recipe, slice(run.recipe.pictures, None)
     model = tinyti.load(out, run.device)
-    judge = probe(run, array, captions).cpu()
     images, truth = to_images(array[unseen]), labels(captions[unseen])
 
     towers, words = tinyti.load_clip(out / "clip")
@@ -695,7 +694,8 @@ def main():
 
     model = unet(run, latents * scale, contexts, empty, look)
     export(args.out, run, both, coder, model, scale)
-    measured = measure(run, args.out, array, captions)
+    judge = probe(run, array, captions).cpu()
+    measured = measure(run, args.out, judge, array, captions)
     print(json.dumps(measured, indent=1))
     card(run, args.out, measured)
 
