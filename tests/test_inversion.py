@@ -22,8 +22,9 @@ def learn(model, name="cat", token="S*", steps=4, state=None, start="cat", **opt
     """A fresh subject, trained for some steps: -> subject, steps."""
     work = model if isinstance(model, list) else [(model, name, token)]
     subjects = []
+    work[0][0].tokenizer.words.clear()
+    work[0][0].concepts.clear()
     for m, folder, word in work:
-        m.tokenizer.words.pop(word, None)
         ids = m.tokenizer.add(word)
         row = m.text.table[m.tokenizer.encode(start)]
         m.concepts[word] = Concept.initial(word, ids, row)

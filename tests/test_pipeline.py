@@ -1,175 +1,161 @@
-"""Whole pipelines: what diffusers draws from a prompt and a noise, we draw, from the same folder."""
-
-import json
+"""From prompt to picture: whole pipelines of diffusers, and ours reading the folders that they saved."""
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    LDMTextToImagePipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import tinyti
 
-from .conftest import randomise
+from . import published
+from .conftest import relative_error
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
-
-
-def unet_and_vae(width, prediction="epsilon"):
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=width,
-        attention_head_dim=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-    )
-    return randomise(unet), randomise(vae)
+PROMPTS = ["a photo of a cat", "Dog's  photo, 猫 of 3!"]
+SIZE = (16, 24)
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A byte-pair vocabulary of single bytes and a few merges, as CLIP publishes it."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    letters = sorted(ByteLevel.alphabet())
-    merges = ["c a", "ca t</w>", "p h", "ph o", "pho t", "phot o</w>", "o f</w>"]
-    entries = [*letters, *(x + "</w>" for x in letters), *(m.replace(" ", "") for m in merges)]
-    entries += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return folder
+def pipelines(tmp_path_factory):
+    """Each family's pipeline and its folder."""
+    made = {}
+    for family in ("sd1", "sd2", "ldm"):
+        root = tmp_path_factory.mktemp(family)
+        if family == "ldm":
+            theirs = published.tiny_ldm(root / "vocabulary")
+        else:
+            theirs = published.tiny_stable_diffusion(family, root / "vocabulary")
+        theirs.set_progress_bar_config(disable=True)
+        theirs.save_pretrained(root / "model")
+        made[family] = theirs, root / "model"
+    return made
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def stable_diffusion(request, clip_folder, tmp_path_factory):
-    """Theirs, and ours loaded from the folder that theirs saved."""
-    tokenizer = CLIPTokenizer.from_pretrained(clip_folder, model_max_length=77, local_files_only=True)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+def prepare(pipelines, family, sampler, **settings):
+    """Theirs with this scheduler, and ours, loaded from the folder that says so."""
+    theirs, folder = pipelines[family]
+    known = SCHEDULERS[sampler]().config
+    theirs.scheduler = SCHEDULERS[sampler](
+        **{name: value for name, value in (published.SCHEDULER | settings).items() if name in known}
     )
-    unet, vae = unet_and_vae(32)
-    theirs = StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=randomise(CLIPTextModel(config)),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            **SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=request.param
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    theirs.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("sd")
-    theirs.save_pretrained(folder)
+    theirs.scheduler.save_pretrained(folder / "scheduler")
     return theirs, tinyti.load(folder)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0), ("dpm++", 0.0)])
-def test_stable_diffusion(stable_diffusion, sampler, eta):
-    theirs, model = stable_diffusion
-    theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config, timestep_spacing="leading")
-    prompts, negative = ["a photo of a cat", "Cat's  photo, 猫 of!"], "bad"
-    seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
-    x_T = tinyti.diffusion.randn((2, 4, 8, 8), seeds)
-    options = {"num_inference_steps": 8, "guidance_scale": 3.0, "eta": eta, "output_type": "pt"}
-    reference = theirs(
+def compare(
+    theirs, ours, sampler="ddim", eta=0.0, steps=6, guidance=7.5, negative="", seeds=5, prompts=PROMPTS
+):
+    """The same seeds into both: the same latents after every step and the same picture; returns the last latents."""
+
+    def generators():
+        if isinstance(seeds, int):
+            return torch.Generator().manual_seed(seeds)
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    path = []
+
+    def remember(pipeline, i, t, state):
+        path.append(state["latents"].clone())
+        return state
+
+    wanted = theirs(
         prompts,
-        negative_prompt=[negative] * 2,
-        latents=x_T,
-        generator=torch.Generator().manual_seed(5),
-        **options,
-    ).images
-    *_, x_0 = tinyti.sample(
-        model,
-        prompts,
-        steps=8,
-        guidance=3.0,
-        sampler=sampler,
+        negative_prompt=[negative] * len(prompts),
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
         eta=eta,
-        negative=negative,
-        x_T=x_T,
-        generator=torch.Generator().manual_seed(5),
-    )
-    ours = (model.decode(x_0) + 1) / 2
-    assert reference.std() > 0.02 and (reference[0] - reference[1]).abs().max() > 0.02
-    assert (reference - ours).abs().max() <= 1 / 255
+        generator=generators(),
+        output_type="pt",
+        callback_on_step_end=remember,
+    ).images
+    settings = {"steps": steps, "guidance": guidance, "sampler": sampler, "eta": eta, "negative": negative}
+    trajectory = list(tinyti.sample(ours, prompts, generator=generators(), size=SIZE, **settings))
+    assert len(trajectory) == len(path) == steps
+    for wanted_t, x_t in zip(path, trajectory):
+        assert relative_error(wanted_t, x_t) <= 1e-4
+    assert_same_picture(wanted, ours.decode(trajectory[-1]))
+    return trajectory[-1]
 
 
-def test_without_guidance(stable_diffusion):
-    theirs, model = stable_diffusion
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
-    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    reference = theirs("cat", num_inference_steps=5, guidance_scale=1.0, latents=x_T, output_type="pt").images
-    *_, x_0 = tinyti.sample(model, "cat", steps=5, guidance=1.0, x_T=x_T)
-    assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
+def assert_same_picture(wanted, images):
+    picture = images / 2 + 0.5
+    assert wanted.shape == picture.shape
+    assert ((wanted > 0.01) & (wanted < 0.99)).float().mean() > 0.5, "few pixels that could differ"
+    assert wanted.std() > 0.05
+    assert (wanted - picture).abs().max() <= 1e-3
+    assert ((wanted * 255).round() - (picture * 255).round()).abs().max() <= 1
 
 
-def test_latents_of_images_are_the_scaled_draw(stable_diffusion):
-    theirs, model = stable_diffusion
-    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    reference = theirs.vae.encode(images).latent_dist
-    ours = model.encode_images(images, torch.Generator().manual_seed(1))
-    wanted = (reference.mean + reference.std * z) * theirs.vae.config.scaling_factor
-    assert torch.allclose(ours, wanted, atol=1e-4)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++", 0.0)])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_stable_diffusion(pipelines, family, sampler, eta, prediction):
+    theirs, ours = prepare(pipelines, family, sampler, prediction_type=prediction, timestep_spacing="leading")
+    compare(theirs, ours, sampler, eta)
 
 
-def test_latent_diffusion(tmp_path):
-    """The paper's own model: `unet vqvae bert tokenizer scheduler`."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "##s", ","]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = BertTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    config = LDMBertConfig(
-        vocab_size=len(words),
-        encoder_layers=2,
-        encoder_ffn_dim=64,
-        encoder_attention_heads=8,
-        head_dim=4,
-        d_model=40,
-    )
-    unet, vae = unet_and_vae(40)
-    scheduler = DDIMScheduler(**SD, clip_sample=False)
-    theirs = LDMTextToImagePipeline(vae, randomise(LDMBertModel(config)), tokenizer, unet, scheduler)
-    theirs.set_progress_bar_config(disable=True)
-    theirs.save_pretrained(tmp_path / "ldm")
-    model = tinyti.load(tmp_path / "ldm")
-    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    prompt = "A photo of cats, unseen"
-    # It divides by 8 whatever its VAE does: 64 means our 8×8 latents.
-    options = {
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 6,
-        "guidance_scale": 4.0,
-        "output_type": "np",
-    }
-    reference = theirs([prompt], latents=x_T, **options).images
-    *_, x_0 = tinyti.sample(model, prompt, steps=6, guidance=4.0, x_T=x_T)
-    ours = (model.decode(x_0) + 1) / 2
-    assert (torch.from_numpy(reference).permute(0, 3, 1, 2) - ours).abs().max() <= 1 / 255
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_spacings(pipelines, sampler, spacing):
+    theirs, ours = prepare(pipelines, "sd1", sampler, timestep_spacing=spacing, set_alpha_to_one=True)
+    compare(theirs, ours, sampler, steps=5, prompts=PROMPTS[:1])
+
+
+def test_prompt_negative_prompt_and_guidance_all_matter(pipelines):
+    theirs, ours = prepare(pipelines, "sd1", "ddim")
+    settings = {"steps": 3, "prompts": PROMPTS[:1]}
+    latents = [
+        compare(theirs, ours, **settings),
+        compare(theirs, ours, **settings, negative="dog"),
+        compare(theirs, ours, **settings, guidance=3.0),
+        compare(theirs, ours, **settings, guidance=1.0),
+        compare(theirs, ours, steps=3, prompts=["dog"]),
+    ]
+    for i, x_0 in enumerate(latents):
+        assert all(relative_error(x_0, other) > 0.01 for other in latents[:i])
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.7), ("ddpm", 0.0)])
+def test_a_picture_does_not_depend_on_its_batch(pipelines, sampler, eta):
+    theirs, ours = prepare(pipelines, "sd1", sampler)
+    batch = compare(theirs, ours, sampler, eta, seeds=(1, 2))
+    alone = compare(theirs, ours, sampler, eta, seeds=2, prompts=PROMPTS[1:])
+    assert relative_error(batch[1:], alone) <= 1e-4
+
+
+def test_initial_noise_takes_the_place_of_a_draw(pipelines):
+    theirs, ours = prepare(pipelines, "sd1", "ddim")
+    drawn = compare(theirs, ours, steps=2)
+    noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    *_, given = tinyti.sample(ours, PROMPTS, steps=2, x_T=noise)
+    assert torch.equal(given, drawn)
+
+
+def test_default_size_is_that_of_training(pipelines):
+    _, ours = prepare(pipelines, "sd1", "ddim")
+    *_, x_0 = tinyti.sample(ours, "a cat", steps=1)
+    assert ours.size == 16 and x_0.shape == (1, 4, 8, 8) and ours.decode(x_0).shape == (1, 3, 16, 16)
+
+
+def test_latents_of_images_are_the_scaled_draw(pipelines):
+    theirs, ours = prepare(pipelines, "sd1", "ddim")
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    posterior = theirs.vae.encode(images).latent_dist
+    wanted = (posterior.mean + posterior.std * z) * theirs.vae.config.scaling_factor
+    assert relative_error(wanted, ours.encode_images(images, torch.Generator().manual_seed(1))) <= 1e-5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ldm(pipelines, eta, guidance):
+    """The paper's own model.  Its pipeline takes a latent for 8 × 8 pixels, and draws its steps' noise unseeded."""
+    theirs, ours = prepare(pipelines, "ldm", "ddim", set_alpha_to_one=True, steps_offset=0)
+    x_T = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    settings = {"num_inference_steps": 6, "guidance_scale": guidance, "eta": eta, "output_type": "np"}
+    torch.manual_seed(0)
+    wanted = theirs(PROMPTS, height=64, width=96, latents=x_T, **settings).images
+    torch.manual_seed(0)
+    *_, x_0 = tinyti.sample(ours, PROMPTS, steps=6, guidance=guidance, eta=eta, x_T=x_T)
+    assert_same_picture(torch.from_numpy(wanted).permute(0, 3, 1, 2), ours.decode(x_0))

@@ -388,9 +388,10 @@ def test_the_commands_of_the_readme_have_the_flags_they_use():
     import shlex
 
     commands = [
-        line.strip()
+        command.strip()
         for line in text.splitlines()
-        if line.strip().startswith(("python train.py", "python sample.py"))
+        for command in line.split("&&")
+        if command.strip().startswith(("python train.py", "python sample.py"))
     ]
     assert len(commands) >= 2
     for command in commands:

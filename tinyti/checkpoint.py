@@ -154,7 +154,7 @@ def read(path, tokenizer=None, prediction=None):
     if not path.exists():
         raise FileNotFoundError(
             f"there is no model at {path}; weights/README.md has the command that puts each public model in "
-            f"place, and this one brings Stable Diffusion 1.5:\n{DOWNLOAD}"
+            f"place, and this one brings Stable Diffusion 1.5: {DOWNLOAD}"
         )
     if prediction not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")

@@ -52,7 +52,8 @@ class Concept(nn.Module):
             raise ValueError(f"{self.name!r} has {D} numbers per vector, this model wants {embeds.shape[-1]}")
         which = ids - self.ids[0]  # (B, T)
         is_mine = (which >= 0) & (which < n)
-        vectors = self.vectors[which.clamp(0, n - 1)].to(embeds.dtype)  # (B, T, D)
+        # Not self.vectors[…]: the backward of indexing adds up in the order in which threads come.
+        vectors = F.embedding(which.clamp(0, n - 1), self.vectors).to(embeds.dtype)  # (B, T, D)
         return torch.where(is_mine[..., None], vectors, embeds)
 
     def norm(self) -> Tensor:
