@@ -44,7 +44,7 @@ def prepare(pipelines, family, sampler, **settings):
 def compare(
     theirs, ours, sampler="ddim", eta=0.0, steps=6, guidance=7.5, negative="", seeds=5, prompts=PROMPTS
 ):
-    """The same seeds into both: the same latents after every step and the same picture; returns the last latents."""
+    """The same seeds into both: equal latents after every step, and equal pictures -> the last latents."""
 
     def generators():
         if isinstance(seeds, int):
@@ -150,7 +150,7 @@ def test_latents_of_images_are_the_scaled_draw(pipelines):
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ldm(pipelines, eta, guidance):
-    """The paper's own model.  Its pipeline takes a latent for 8 × 8 pixels, and draws its steps' noise unseeded."""
+    """The paper's own model; its pipeline takes a latent for 8 × 8 pixels, and draws noise unseeded."""
     theirs, ours = prepare(pipelines, "ldm", "ddim", set_alpha_to_one=True, steps_offset=0)
     x_T = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
     settings = {"num_inference_steps": 6, "guidance_scale": guidance, "eta": eta, "output_type": "np"}
