@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .layers import attend
+from .layers import attend, embedding
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -111,8 +111,8 @@ class CLIPText(nn.Module):
         self.config = config
         self.embeddings = nn.ModuleDict(
             {
-                "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size),
+                "token_embedding": embedding(config.vocab_size, config.hidden_size),
+                "position_embedding": embedding(config.max_position_embeddings, config.hidden_size),
             }
         )
         self.encoder = transformer(config, causal=True)
@@ -145,7 +145,7 @@ class VisionEmbeddings(nn.Module):
         dim, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.randn(dim))
         self.patch_embedding = nn.Conv2d(config.num_channels, dim, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, dim)
+        self.position_embedding = embedding((config.image_size // patch) ** 2 + 1, dim)
 
     def forward(self, images):
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)

@@ -17,6 +17,12 @@ def attend(q, k, v, heads, causal=False):
     return x.transpose(1, 2).flatten(2)
 
 
+def embedding(count, dim):
+    """A table of `count` rows whose values are still to come, from a file or a recipe."""
+    # nn.Embedding's own random start makes PyTorch import its compiler on the meta device: a second per load.
+    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
+
+
 class Attention(nn.Module):
     """Attention from x (B, T, dim) to a context (B, S, context_dim), or to x itself when there is none."""
 

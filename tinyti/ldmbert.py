@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import attend
+from .layers import attend, embedding
 
 
 @dataclass
@@ -62,8 +62,8 @@ class LDMBert(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
-                "embed_positions": nn.Embedding(config.max_position_embeddings, config.d_model),
+                "embed_tokens": embedding(config.vocab_size, config.d_model),
+                "embed_positions": embedding(config.max_position_embeddings, config.d_model),
                 "layers": nn.Sequential(*(Layer(config) for _ in range(config.encoder_layers))),
                 "layer_norm": nn.LayerNorm(config.d_model),
             }
