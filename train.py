@@ -91,7 +91,7 @@ def arguments(argv=None):
     )
 
     add = parser.add_argument_group("how to learn it").add_argument
-    add("--steps", type=int, default=1000, help="the most steps to take")
+    add("--steps", type=int, default=600, help="the most steps to take")
     add(
         "--no-early-stop",
         action="store_true",
