@@ -314,6 +314,11 @@ def test_what_is_written_is_read_back(tmp_path, suffix, n):
     assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
 
 
+def test_a_star_alone_is_a_word_too(tmp_path):
+    embeddings.write(tmp_path / "x.safetensors", {"*": vectors(1)})
+    expect(embeddings.read(tmp_path / "x.safetensors"), "*", vectors(1))
+
+
 def test_one_vector_is_written_flat(tmp_path):
     embeddings.write(tmp_path / "x.safetensors", {"S*": vectors(1), "two": vectors(2)})
     contents = load_file(tmp_path / "x.safetensors")

@@ -100,6 +100,31 @@ def test_resuming_is_exact(model):
     assert torch.equal(rest.start, straight.start)
 
 
+def test_the_word_is_an_average_of_the_path(model):
+    subject, _ = learn(model, steps=0)
+    points, word = [], subject.concept.vectors.detach().clone()
+    for step in invert(model, [subject], steps=4, batch_size=4):
+        points.append(subject.path)
+        word = word.lerp(subject.path, 2 / (step.number + 1))
+        assert torch.allclose(subject.concept.vectors, word, atol=1e-6)
+    assert len({tuple(point.flatten().tolist()) for point in points}) == 4
+    assert not torch.equal(subject.concept.vectors, subject.path)
+
+
+def test_a_step_cut_off_half_way_leaves_no_trace(model, monkeypatch):
+    straight, _ = learn(model, steps=4)
+    subject, _ = learn(model, steps=2)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+        list(invert(model, [subject], steps=4, batch_size=4))
+    rest, _ = learn(model, steps=4, state=copy.deepcopy(subject.state_dict()))
+    assert torch.equal(rest.concept.vectors, straight.concept.vectors)
+
+
 def test_words_learned_side_by_side_are_those_learned_alone(model):
     together, taken = learn([(model, "dog", "D*"), (model, "cat", "C*")], steps=3)
     assert [(s.subject.concept.name, s.number) for s in taken[:4]] == [

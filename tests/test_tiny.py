@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 import tinyti
+from tinyti import embeddings
 from tinyti.data import to_image
 
 from .conftest import CONCEPTS, ROOT, TINY, relative_error
@@ -44,6 +45,27 @@ def test_diffusers_opens_it_and_draws_the_same_picture(model):
     *_, x_0 = tinyti.sample(model, prompt, steps=12, guidance=5.0, x_T=x_T)
     assert reference.std() > 0.1
     assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_diffusers_draws_the_same_picture_of_a_word(tmp_path, n, suffix):
+    """Of the file that tinyti writes, from the same prompt and noise; and the word shows in it."""
+    model = tinyti.load(TINY)
+    rows = model.text.table[model.tokenizer.encode("blue boat")][:n]
+    embeddings.write(tmp_path / f"word{suffix}", {"<boat>": rows})
+    theirs = StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_textual_inversion(str(tmp_path), weight_name=f"word{suffix}")
+    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    prompt, options = "a photo of a <boat> in the snow", {"guidance_scale": 5.0, "output_type": "pt"}
+    reference = theirs(prompt, num_inference_steps=6, latents=x_T, **options).images
+    *_, without = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
+    for word, vectors in embeddings.read(tmp_path / f"word{suffix}").items():
+        model.add_word(word, vectors)
+    *_, x_0 = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
+    assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
+    assert (x_0 - without).abs().max() > 0.1
 
 
 def test_clip_is_a_published_clip_and_its_text_tower_the_text_encoder(model):

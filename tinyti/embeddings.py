@@ -42,8 +42,8 @@ def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
     """Read the learned words in a file, or in a folder that train.py wrote.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
-    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word whose file gives no name, or
-    "*", is named after the file.  A pickle never gets to run code.
+    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  Where the format has no room for a
+    name, or "*" in its place, the word is named after the file.  A pickle never gets to run code.
 
     Args:
         path: the file or folder.
@@ -195,7 +195,7 @@ def _decode_tensor(entry: dict):
 def _find_words(contents, file: Path) -> dict[str, Tensor]:
     """The words in what a file holds, by the keys that each tool writes."""
     if isinstance(contents, Tensor):
-        contents = {"*": contents}
+        contents = {"string_to_param": {"*": contents}}
     if not isinstance(contents, dict):
         raise _refusal(file, f"a {type(contents).__name__}")
 
@@ -218,6 +218,8 @@ def _find_words(contents, file: Path) -> dict[str, Tensor]:
         contents = {"*": contents["emp_params"]}
     elif "emp_params_out" in contents:
         raise _refusal(file, "only OneTrainer's emp_params_out, which replaces outputs of the text encoder")
+    else:
+        name = "*"  # diffusers, cloneofsimo: every key is a word, also this one
     if not isinstance(contents, dict) or not contents:
         raise _refusal(file, "no vectors")
     return {name if word == "*" else word: tensor for word, tensor in contents.items()}

@@ -4,6 +4,7 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 """
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from .data import prompt
 from .diffusion import randn
 
 EVALUATIONS = 16  # samples in the fixed batch that a vector is judged by
+AVERAGE = 50  # steps that the word is an average over
 
 # What `choose_start` tries: common nouns that are one entry of CLIP's vocabulary and most of BERT's.
 START_WORDS = """
@@ -33,13 +35,18 @@ STYLE_WORDS = """
 
 @dataclass
 class Subject:
-    """One word and what it is learned from: the latents of its pictures, and the prompts for each of them."""
+    """One word and what it is learned from: the latents of its pictures, and the prompts for each of them.
+
+    The word, `concept.vectors`, is an average over the last points of a path that the optimizer walks: single
+    points are noisy, for every step has seen a few samples only.
+    """
 
     concept: Concept
     mean: torch.Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
     std: torch.Tensor
     prompts: list[list[str]]  # for each picture, one per template
     start: torch.Tensor | None = None  # the vectors before the first step, on the CPU
+    path: torch.Tensor | None = None  # where the optimizer is
     step: int = 0  # how many the word has been trained for
     evaluations: list[float] = field(default_factory=list)  # loss on the fixed batch, from step 0 on
     finished: bool = False
@@ -51,6 +58,7 @@ class Subject:
             "step": self.step,
             "vectors": self.concept.vectors.detach().cpu().clone(),
             "start": self.start,
+            "path": self.path,
             "evaluations": list(self.evaluations),
             "finished": self.finished,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
@@ -61,10 +69,23 @@ class Subject:
         with torch.no_grad():
             self.concept.vectors.copy_(vectors)
 
+    @contextmanager
+    def taking_a_step(self):
+        """In the block, the optimizer's point is in the word's place; what is left there is its next."""
+        word = self.concept.vectors.detach().cpu().clone()
+        self.put(self.path)
+        try:
+            yield
+            self.path = self.concept.vectors.detach().cpu().clone()
+            self.step += 1
+            word = word.lerp(self.path, max(2 / (self.step + 1), 1 / AVERAGE))
+        finally:  # also where Ctrl-C ends a step half-way
+            self.put(word)
+
     def load_state_dict(self, state):
         """Take up what `state_dict` gave; the optimizer's part waits for `invert` to make one."""
         self.put(state["vectors"])
-        self.start = state["start"]
+        self.start, self.path = state["start"], state["path"]
         self.step, self.finished = state["step"], state["finished"]
         self.evaluations = list(state["evaluations"])
         if state["optimizer"]:
@@ -153,7 +174,7 @@ def invert(
     evaluate_every=10,
     accumulate=1,
 ):
-    """Learn the vectors of every subject's word: a generator of `Step`s, one for each word in turn.
+    """Learn the vectors of every subject's word side by side: a generator of `Step`s, one a step and word.
 
     batch_size: samples of each word per step, in all processes together; accumulate: parts in which each
     process works them off.  lr: what Adam takes, whatever the batch.  A word ends where `converged` says so.
@@ -164,45 +185,53 @@ def invert(
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     for s in subjects:
         if s.step == 0:
-            s.start = s.concept.vectors.detach().cpu().clone()
+            s.start = s.path = s.concept.vectors.detach().cpu().clone()
             s.optimizer = torch.optim.Adam([s.concept.vectors], lr=lr)
         s.evaluations = s.evaluations or [evaluate(model, s, seed)]
 
     for number in range(min(s.step for s in subjects) + 1, steps + 1):
-        for s in subjects:
-            if s.finished or s.step >= number:
-                continue
-            x_0, eps, u, prompts = draw(
-                s, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + number)
-            )
-            t = (u * model.schedule.num_train_timesteps).long()
-            s.optimizer.zero_grad()
-            total = torch.zeros((), device=model.device)
+        active = [s for s in subjects if not s.finished and s.step < number]
+        if not active:
+            continue
+        seeds = [torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in active]
+        drawn = [draw(s, batch_size, generator) for s, generator in zip(active, seeds)]
+        x_0, eps, u = (torch.cat(parts) for parts in list(zip(*drawn))[:3])
+        prompts = [line for *_, lines in drawn for line in lines]
+        t = (u * model.schedule.num_train_timesteps).long()
+        totals = torch.zeros(len(active), device=model.device)
+        with ExitStack() as stack:
+            for s in active:
+                stack.enter_context(s.taking_a_step())
+                s.optimizer.zero_grad()
             for part in torch.arange(rank, batch_size, ranks).tensor_split(accumulate):
                 if len(part):  # the last of many processes may have none
-                    loss = (
-                        losses(model, x_0[part], eps[part], t[part], [prompts[i] for i in part]).sum()
-                        / batch_size
-                    )
-                    scaler.scale(loss).backward()
-                    total += loss.detach()
+                    rows = (torch.arange(len(active))[:, None] * batch_size + part).flatten()
+                    each = losses(model, x_0[rows], eps[rows], t[rows], [prompts[i] for i in rows])
+                    each = (
+                        each.view(len(active), -1).sum(1) / batch_size
+                    )  # a word's loss moves that word only
+                    scaler.scale(each.sum()).backward()
+                    totals += each.detach()
             if ranks > 1:  # sums, for every process has divided by the whole batch
-                dist.all_reduce(s.concept.vectors.grad)
-                dist.all_reduce(total)
-            scaler.unscale_(s.optimizer)
-            gradient = torch.nn.utils.clip_grad_norm_([s.concept.vectors], 1.0)
-            scaler.step(s.optimizer)
+                dist.all_reduce(totals)
+                for s in active:
+                    dist.all_reduce(s.concept.vectors.grad)
+            gradients = []
+            for s in active:
+                scaler.unscale_(s.optimizer)
+                gradients.append(torch.nn.utils.clip_grad_norm_([s.concept.vectors], 1.0).item())
+                scaler.step(s.optimizer)
             scaler.update()
 
-            s.step = number
-            evaluated = number % evaluate_every == 0
-            if evaluated:
-                value = torch.tensor(evaluate(model, s, seed), device=model.device)
-                if ranks > 1:  # so that all agree when to end, down to the rounding
-                    dist.broadcast(value, 0)
-                s.evaluations.append(value.item())
-                s.finished = early_stop and converged(s.evaluations)
-            yield Step(s, number, total.item(), gradient.item(), evaluated)
+        evaluated = number % evaluate_every == 0
+        for s in active if evaluated else []:
+            value = torch.tensor(evaluate(model, s, seed), device=model.device)
+            if ranks > 1:  # so that all agree when to end, down to the rounding
+                dist.broadcast(value, 0)
+            s.evaluations.append(value.item())
+            s.finished = early_stop and converged(s.evaluations)
+        for s, loss, gradient in zip(active, totals.tolist(), gradients):
+            yield Step(s, number, loss, gradient, evaluated)
 
 
 def converged(evaluations, window=12, ratio=0.05):

@@ -715,9 +715,7 @@ def main():
     )
     parser.add_argument("--run", default=HERE / "run", type=Path, help="where the stages keep what they made")
     parser.add_argument("--out", default=HERE.parent / "tiny", type=Path, help="the finished model folder")
-    parser.add_argument(
-        "--start", type=Path, help="a finished folder to go on from, instead of nothing"
-    )
+    parser.add_argument("--start", type=Path, help="a finished folder to go on from, instead of nothing")
     parser.add_argument(
         "--unet-samples", type=int, help="stop the UNet earlier or later than the recipe says"
     )
