@@ -79,7 +79,7 @@ class Recipe:
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
     unet_samples: int = 400_000
-    unet_batch: int = 64
+    unet_batch: int = 128
     probe_samples: int = 250_000
     generated: int = 1_000
     guidance: float = 5.0
