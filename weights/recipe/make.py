@@ -713,15 +713,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default=HERE / "run", type=Path, help="where the stages keep what they made")
+    parser.add_argument("--work", default=HERE / "run", type=Path, help="where the stages keep what they made")
     parser.add_argument("--out", default=HERE.parent / "tiny", type=Path, help="the finished model folder")
-    parser.add_argument("--start", type=Path, help="a finished folder to go on from, instead of nothing")
+    parser.add_argument("--weights", type=Path, help="a finished folder to go on from, instead of nothing")
     parser.add_argument(
         "--unet-samples", type=int, help="stop the UNet earlier or later than the recipe says"
     )
     args = parser.parse_args()
     recipe = Recipe(**({"unet_samples": args.unet_samples} if args.unet_samples else {}))
-    run = Run(args.run, recipe, args.start)
+    run = Run(args.work, recipe, args.weights)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if run.device == "cuda" else "gloo")
     array, captions = in_turn(lambda: pictures(run))
