@@ -64,7 +64,7 @@ SCHEDULE = {  # Stable Diffusion's own, but for the spacing: it starts at the no
 
 @dataclass
 class Recipe:
-    """The sizes, in samples seen.  These are for two CPU cores and an afternoon."""
+    """The sizes of one go, in samples seen: for two CPU cores and an afternoon.  `--weights` adds another."""
 
     size: int = 64  # pixels a side
     pictures: int = 65_536
@@ -73,14 +73,14 @@ class Recipe:
     clip_width: int = 128
     clip_layers: int = 4
     clip_patch: int = 8
-    clip_samples: int = 100_000
+    clip_samples: int = 280_000
     vae_widths: tuple[int, ...] = (16, 32, 64)
-    vae_samples: int = 60_000
+    vae_samples: int = 90_000
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
-    unet_samples: int = 400_000
+    unet_samples: int = 640_000
     unet_batch: int = 128
-    probe_samples: int = 250_000
+    probe_samples: int = 450_000
     generated: int = 1_000
     guidance: float = 5.0
     unet_lr: float = 1e-3
