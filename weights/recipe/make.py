@@ -599,14 +599,18 @@ def labels(captions):
 
 
 def probe(run, array, captions):
-    """Train the probe on rendered pictures."""
+    """Train the probe on rendered pictures, mirrored and moved a little, lest it learn them by heart."""
     truth = labels(captions)
     torch.manual_seed(0)
     model = Probe()
 
     def loss_of(generator, count):
         rows = torch.randint(run.recipe.pictures, (count,), generator=generator)
-        logits = model(to_images(array[rows.numpy()]).to(run.device))
+        images = to_images(array[rows.numpy()])
+        mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+        by = torch.randint(-4, 5, (2,), generator=generator).tolist()
+        images = torch.where(mirrored, images.flip(-1), images).roll(by, (2, 3))
+        logits = model(images.to(run.device))
         return sum(F.cross_entropy(logits[name], truth[name][rows].to(run.device)) for name in HEADS)
 
     train(run, "probe", model, loss_of, run.recipe.probe_samples, 128, lr=2e-3)
@@ -713,7 +717,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", default=HERE / "run", type=Path, help="where the stages keep what they made")
+    parser.add_argument("--work", default=HERE / "run", type=Path, help="where the stages keep their results")
     parser.add_argument("--out", default=HERE.parent / "tiny", type=Path, help="the finished model folder")
     parser.add_argument("--weights", type=Path, help="a finished folder to go on from, instead of nothing")
     parser.add_argument(
