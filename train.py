@@ -18,7 +18,16 @@ import tinyti
 from tinyti import embeddings
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, grid, read_folder, read_templates, to_image
-from tinyti.inversion import START_WORDS, STYLE_WORDS, choose_start, evaluate, invert, make_subject, trouble
+from tinyti.inversion import (
+    START_WORDS,
+    STYLE_WORDS,
+    TIMESTEPS,
+    choose_start,
+    evaluate,
+    invert,
+    make_subject,
+    trouble,
+)
 from tinyti.model import pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -105,6 +114,14 @@ def arguments(argv=None):
         help="compute activations twice, to save much memory for about half as much time again",
     )
     add("--lr", type=float, default=5e-3, help="the effective learning rate of Adam; nothing scales it")
+    add(
+        "--timesteps",
+        type=float,
+        nargs=2,
+        default=TIMESTEPS,
+        metavar=("LOW", "HIGH"),
+        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach a word little",
+    )
     add("--seed", type=int, default=0, help="of everything random")
 
     add = parser.add_argument_group("the model and the machine").add_argument
@@ -150,6 +167,9 @@ def arguments(argv=None):
     for flag in ("vectors", "steps", "batch_size", "accumulate", "save_every"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    low, high = args.timesteps = tuple(args.timesteps)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"--timesteps is {low} {high}; give two numbers from 0 to 1, the lower one first")
     if not 0 < args.lr < float("inf"):
         raise ValueError(f"--lr is {args.lr}; it must be a positive number, e.g. 5e-3")
     return args
@@ -279,6 +299,7 @@ def prepare(args, model):
         ids = model.tokenizer.add(token, args.vectors)
         concept = model.concepts[token] = Concept.initial(token, ids, rows, args.seed).to(model.device)
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+        settings |= {"timesteps": list(args.timesteps)}  # as JSON gives it back
         settings |= {"images": images, "token": token, "init": init}
         run.check(settings)
         one = make_subject(model, concept, photos, templates, flip=not args.no_flip)
@@ -289,7 +310,8 @@ def prepare(args, model):
             with open(run.folder / "log.csv", newline="") as f:
                 run.log = [tuple(row) for row in list(csv.reader(f))[1:] if int(row[0]) <= one.step]
         elif init is None:
-            losses = choose_start(model, one, STYLE_WORDS if args.style else START_WORDS, args.seed)
+            words = STYLE_WORDS if args.style else START_WORDS
+            losses = choose_start(model, one, words, args.seed, args.timesteps)
             best = next(iter(losses))
             say(f"{token} starts from “{best}”, which explains the pictures best (loss {losses[best]:.4f})")
             one.put(Concept.initial(token, ids, word_rows(model, best), args.seed).vectors)
@@ -328,6 +350,7 @@ def learn(args, model, work):
         [one for _, one, _ in work],
         early_stop=not args.no_early_stop,
         evaluate_every=EVALUATE_EVERY,
+        span=args.timesteps,
         **options,
     ):
         one = step.subject
@@ -359,7 +382,7 @@ def finish(args, model, work, began):
         run.preview(one, one.step, label=f"step {one.step}, the word")
         run.save(one, photos)
         if one.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
-            one.evaluations.append(evaluate(model, one, args.seed))
+            one.evaluations.append(evaluate(model, one, args.seed, args.timesteps))
         first, last = one.evaluations[0], one.evaluations[-1]
         stop = ", flat by then" if one.finished else ""
         print(f"{run.token}: evaluation loss {first:.4f} → {last:.4f} in {one.step} steps{stop}")

@@ -78,9 +78,9 @@ class Recipe:
     vae_samples: int = 90_000
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
-    unet_samples: int = 640_000
+    unet_samples: int = 540_000
     unet_batch: int = 128
-    probe_samples: int = 450_000
+    probe_samples: int = 600_000
     generated: int = 1_000
     guidance: float = 5.0
     unet_lr: float = 1e-3
