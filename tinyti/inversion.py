@@ -18,7 +18,7 @@ from .diffusion import randn
 EVALUATIONS = 16  # samples in the fixed batch that a vector is judged by
 AVERAGE = 50  # steps that the word is an average over
 # The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
-# plain sight and no prompt matters: there is only noise to be learned (notebook 1 shows the gap).
+# plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
 TIMESTEPS = (0.25, 0.95)
 
 # What `choose_start` tries: common nouns that are one entry of CLIP's vocabulary and most of BERT's.
