@@ -145,6 +145,22 @@ def test_accumulating_changes_rounding_only(model, parts):
     assert torch.allclose(whole.concept.vectors, in_parts.concept.vectors, atol=1e-4)
 
 
+def test_the_timesteps_lie_in_the_span(model, monkeypatch):
+    seen = []
+    add_noise = type(model.schedule).add_noise
+
+    def spy(schedule, x_0, eps, t):
+        seen.extend(t.tolist())
+        return add_noise(schedule, x_0, eps, t)
+
+    monkeypatch.setattr(type(model.schedule), "add_noise", spy)
+    for span in ((0, 1), (0.25, 0.95), (0.5, 0.6)):
+        seen.clear()
+        learn(model, steps=3, batch_size=16, span=span)
+        low, high = (round(1000 * end) for end in span)
+        assert low <= min(seen) and max(seen) < high and max(seen) - min(seen) > 0.8 * (high - low)
+
+
 def test_the_seed_decides(model):
     a, _ = learn(model, steps=2)
     b, _ = learn(model, steps=2)

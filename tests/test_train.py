@@ -248,6 +248,7 @@ def bad_templates(tmp_path):
         (["--templates", "no.txt"], "no.txt"),
         (["--steps", "0"], "--steps is 0"),
         (["--lr", "nan"], "--lr is nan"),
+        (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
         (["--device", "tpu"], "--device is tpu"),
         (["--device", "cpu", "--precision", "fp16"], "fp16"),
         (["--resume"], "no state.pt"),
