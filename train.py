@@ -118,7 +118,7 @@ def arguments(argv=None):
         "--timesteps",
         type=float,
         nargs=2,
-        default=TIMESTEPS,
+        default=list(TIMESTEPS),
         metavar=("LOW", "HIGH"),
         help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach a word little",
     )
@@ -167,7 +167,7 @@ def arguments(argv=None):
     for flag in ("vectors", "steps", "batch_size", "accumulate", "save_every"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
-    low, high = args.timesteps = tuple(args.timesteps)
+    low, high = args.timesteps
     if not 0 <= low < high <= 1:
         raise ValueError(f"--timesteps is {low} {high}; give two numbers from 0 to 1, the lower one first")
     if not 0 < args.lr < float("inf"):
@@ -299,7 +299,6 @@ def prepare(args, model):
         ids = model.tokenizer.add(token, args.vectors)
         concept = model.concepts[token] = Concept.initial(token, ids, rows, args.seed).to(model.device)
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-        settings |= {"timesteps": list(args.timesteps)}  # as JSON gives it back
         settings |= {"images": images, "token": token, "init": init}
         run.check(settings)
         one = make_subject(model, concept, photos, templates, flip=not args.no_flip)

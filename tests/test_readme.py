@@ -9,7 +9,7 @@ import torch
 import sample as sample_py
 import train as train_py
 
-from .conftest import ROOT
+from .conftest import ROOT, TINY
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
@@ -23,13 +23,17 @@ COMMANDS = [
 COMMANDS += [f"train.py {flags}" for flags in re.findall(r"`(--images [^`]*)`", TEXT)]
 
 
+def test_the_two_programs_are_shown():
+    assert sum(command.startswith(("python train.py", "python sample.py")) for command in COMMANDS) >= 2
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
     words = shlex.split(command)
     if "train.py" in words:
         args = train_py.arguments(words[words.index("train.py") + 1 :])
         bundled = [folder for folder in args.images if folder.startswith("concepts/")]
-        assert all((ROOT / folder).is_dir() for folder in bundled) and (bundled or args.weights != TINY)
+        assert all((ROOT / folder).is_dir() for folder in bundled) and (bundled or args.weights != str(TINY))
     elif "sample.py" in words:
         assert sample_py.arguments(words[words.index("sample.py") + 1 :]).words
     else:
@@ -37,9 +41,6 @@ def test_command(command):
         if extras and extras[2]:
             assert f"\n{extras[2]} = [" in (ROOT / "pyproject.toml").read_text()
         assert extras or words[:3] in (["python", "-m", "pytest"], ["python", "-m", "tinyti.embeddings"])
-
-
-TINY = str(ROOT / "weights" / "tiny")
 
 
 def test_the_flags_it_names_exist():

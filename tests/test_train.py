@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import sample as sample_py
 import train as train_py
 
-from .conftest import CONCEPTS, ROOT, TINY
+from .conftest import CONCEPTS, ROOT
 
 FEW = [
     "--steps",
@@ -381,21 +381,3 @@ def test_sample_refuses(word, tmp_path, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("sample.py: ") and message in error, error
         assert not out.exists() or not list(out.iterdir())
-
-
-def test_the_commands_of_the_readme_have_the_flags_they_use():
-    """Every `python train.py …` and `python sample.py …` in the README parses."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    import shlex
-
-    commands = [
-        command.strip()
-        for line in text.splitlines()
-        for command in line.split("&&")
-        if command.strip().startswith(("python train.py", "python sample.py"))
-    ]
-    assert len(commands) >= 2
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        (train_py if words[1] == "train.py" else sample_py).arguments(words[2:])
-    assert TINY.exists()

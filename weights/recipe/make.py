@@ -216,11 +216,10 @@ def train(run, stage, module, loss_of, samples, batch, lr, bf16=False, muon=Fals
             loss = loss_of(generator, batch // PROCESSES)
         loss.backward()
         if PROCESSES > 1:
-            gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
-            dist.all_reduce(gradients.div_(PROCESSES))
-            for p, part in zip(
-                module.parameters(), gradients.split([p.numel() for p in module.parameters()])
-            ):
+            parameters = list(module.parameters())
+            gradients = torch.cat([p.grad.flatten() for p in parameters]).div_(PROCESSES)
+            dist.all_reduce(gradients)
+            for p, part in zip(parameters, gradients.split([p.numel() for p in parameters])):
                 p.grad.copy_(part.view_as(p))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in optimizers:
@@ -326,8 +325,8 @@ def clip(run, array, ids, captions):
     to tell them apart.  Otherwise the towers live off backgrounds and hardly learn what a thing is.
     """
     recipe = run.recipe
-    truth = labels(captions[: recipe.pictures])
-    shared = [truth[name] for name in ("colour", "scene", "style")]
+    drawn = labels(captions[: recipe.pictures])
+    shared = [drawn[name] for name in ("colour", "scene", "style")]
     tower = {
         "hidden_size": recipe.clip_width,
         "intermediate_size": 4 * recipe.clip_width,
@@ -409,16 +408,12 @@ def psnr(model, images):
 
 def encoded(run, name, count, encode):
     """(count, …) in fp16, from encode(first, last), computed once and kept as name.npy."""
-
-    def compute():
-        if not (run / f"{name}.npy").exists():
-            began = time.time()
-            with torch.no_grad():
-                parts = [encode(i, min(i + 256, count)).half().cpu() for i in range(0, count, 256)]
-            run.write(f"{name}.npy", lambda p: np.save(p.open("wb"), torch.cat(parts).numpy()))
-            run.cost(name, count, time.time() - began)
-
-    in_turn(compute)
+    if not (run / f"{name}.npy").exists():
+        began = time.time()
+        with torch.no_grad():
+            parts = [encode(i, min(i + 256, count)).half().cpu() for i in range(0, count, 256)]
+        run.write(f"{name}.npy", lambda p: np.save(p.open("wb"), torch.cat(parts).numpy()))
+        run.cost(name, count, time.time() - began)
     return torch.from_numpy(np.load(run / f"{name}.npy", mmap_mode="c"))
 
 
@@ -734,8 +729,9 @@ def main():
     both = clip(run, array, ids, captions)
     coder = vae(run, array)
     text = both.text_model
-    latents = encoded(run, "latents", recipe.pictures, lambda a, b: draw_latents(coder, array[a:b], a))
-    contexts = encoded(run, "contexts", recipe.pictures, lambda a, b: text(text.embed(ids[a:b])))
+    count = recipe.pictures
+    latents = in_turn(lambda: encoded(run, "latents", count, lambda a, b: draw_latents(coder, array[a:b], a)))
+    contexts = in_turn(lambda: encoded(run, "contexts", count, lambda a, b: text(text.embed(ids[a:b]))))
     empty = text(text.embed(words("")))
     scale = 1 / latents[:8192].float().std().item()
 
