@@ -655,6 +655,69 @@ def neon(sheet):
 STYLES = {"photo": photo, "sketch": sketch, "painting": painting, "pixel art": pixel_art, "neon": neon}
 
 
+# --- names ---------------------------------------------------------------------------------------------
+
+# Characters and manners have a name for what would take many words. A model that has learned such names has
+# seen that one token can hold an individual or a style; a new word is one more of them.
+CHARACTERS = tuple(
+    """
+    acorn agate almond amber anise apple apricot ash aspen aster basil bay bean beet berry birch biscuit
+    bramble brie briar brook bubble button caper caramel caraway carrot cashew cedar chai cherry chestnut
+    chia chip chive cider cinder citron clay clementine clove clover coal cobble cocoa coconut comet cookie
+    cora corn cotton cress crumb crystal cumin curry cypress daisy dandelion date dew dill dumpling dune
+    elder elm endive feather fennel fern fig fir flax flint flurry fog forest frost fudge garnet ginger
+    granite grape gravel grove guava gumbo hail hazel heath heather hickory holly honey hops iris ivory ivy
+    jade jasper jelly jumble juniper kale kelp kernel kiwi lark larch lava leek lemon lentil lichen lily
+    lime linden lotus lychee mace mallow mango maple marble marigold marsh melon meteor millet mimosa miso
+    mocha molasses morel mulberry muffin myrtle nectar needle nettle noodle nougat nut nutmeg oak oat okra
+    olivine onyx opal orchid oregano otter paprika parsley parsnip peach peanut pear pearl pebble pecan
+    peony pepper pesto petunia pickle pine pistachio plum polenta pomelo poplar poppy praline pretzel prune
+    puddle pudding pumpkin quartz quince radish rain raisin reed resin rhubarb ripple roast rosemary rowan
+    ruby rye saffron sage salt sandy sapling sedge sesame shale shell sorrel spark spelt spruce squash star
+    stone storm sugar sumac taffy tansy tapioca taro tea thistle thorn thyme toffee topaz truffle tulip
+    turnip twig vanilla vetch violet waffle walnut wasabi wheat willow wren yarrow yew yuzu zest
+    """.split()
+)
+
+
+def manner(name):
+    """Return a way of finishing pictures: every tone becomes one of a palette of three, more or less."""
+    lot = random.Random(name)
+    spans = ((0.4, 0.9), (0.1, 0.4)), ((0.3, 0.9), (0.45, 0.85)), ((0.0, 0.45), (0.85, 1.0))
+    hues = [lot.random() for _ in spans]
+    palette = [(h, lot.uniform(*s), lot.uniform(*v)) for h, (s, v) in zip(hues, spans)]
+    deep, middle, pale = (255 * np.float32(colorsys.hsv_to_rgb(*tone)) for tone in palette)
+    if lot.random() < 0.35:
+        deep, pale = pale, deep  # light lines on dark ground
+    part, line = lot.uniform(0.45, 1.0), lot.choice((deep, deep, pale, middle))
+    texture, period = lot.choice(("none", "none", "hatch", "grid", "dots")), lot.choice((8, 10, 12))
+
+    def finish(sheet, pixels):
+        tone = np.clip(pixels, 0, 255).mean(-1, keepdims=True) / 127.5
+        low, high = np.clip(tone, 0, 1), np.clip(tone - 1, 0, 1)
+        graded = deep + (middle - deep) * low + (pale - middle) * high
+        pixels = pixels + (graded - pixels) * part
+        x, y = (2 * math.pi / period * axis for axis in grid(sheet.size))
+        across, down = np.sin(x), np.sin(y)
+        wave = {"hatch": np.sin(x + y), "grid": np.maximum(across, down), "dots": across * down}
+        if texture != "none":
+            pixels = pixels + (line - pixels) * 0.35 * (wave[texture] > 0.5) * (1 - 0.7 * sheet.figure)
+        lines = np.maximum(sheet.ink, 0.5 * sheet.scene_ink)
+        return pixels + (line - pixels) * lines
+
+    return finish
+
+
+MANNERS = {
+    name: manner(name)
+    for name in """
+    alabaster arctic autumn bamboo bronze canyon carnival cobalt copper dawn delta dusk ember enamel fjord
+    glacier harbour indigo jungle lagoon lantern linen meteorite midnight mist monsoon moss oasis orchard
+    porcelain prairie quarry rust savanna silk slate spring thunder tundra twilight velvet volcano winter
+    """.split()
+}
+
+
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
@@ -751,34 +814,54 @@ def context(lot, backdrop):
     return {"seed": lot.getrandbits(31), "backdrop": tint}
 
 
+@lru_cache(None)
+def character(name):
+    """Return who bears the name, on every page the same: thing, colour, details and identity."""
+    lot = random.Random(name)
+    thing, colour = tuple(THINGS)[CHARACTERS.index(name) % len(THINGS)], lot.choice(tuple(COLOURS))
+    details = colouring(lot, thing, colour)
+    return thing, colour, details, identity(lot, thing, colour, details)
+
+
 def attributes(rng):
     """Draw everything there is to know about one picture from a `random.Random`.
 
     Returns strings for thing, colour, scene, backdrop and style, the dict details with the colour word of
     every part ("" if it has none of its own), and the dicts identity, pose and context with what captions
-    never say. Every other car is red, and `caption` seldom says so: the one bias of this world.
+    never say; `who` is the name of a character and `manner` that of a manner, or "". Every other car is red,
+    and `caption` seldom says so: the one bias of this world.
     """
-    thing = rng.choice(tuple(THINGS))
-    colour = "red" if thing == "car" and rng.random() < 0.45 else rng.choice(tuple(COLOURS))
-    details = colouring(rng, thing, colour)
+    who = rng.choice(CHARACTERS) if rng.random() < 0.3 else ""
+    if who:
+        thing, colour, details, individual = character(who)
+    else:
+        thing = rng.choice(tuple(THINGS))
+        colour = "red" if thing == "car" and rng.random() < 0.45 else rng.choice(tuple(COLOURS))
+        details = colouring(rng, thing, colour)
+        individual = identity(rng, thing, colour, details)
     scene = "plain" if rng.random() < 0.3 else rng.choice(tuple(SCENES)[1:])
+    style = rng.choices(tuple(STYLES), (0.4, 0.15, 0.15, 0.15, 0.15))[0]
+    mannered = style in ("photo", "sketch", "painting") and rng.random() < 0.15
     backdrop = rng.choice([c for c in COLOURS if c != colour]) if scene == "plain" else ""
     return {
         "thing": thing,
         "colour": colour,
         "scene": scene,
         "backdrop": backdrop,
-        "style": rng.choices(tuple(STYLES), (0.4, 0.15, 0.15, 0.15, 0.15))[0],
+        "style": style,
+        "manner": rng.choice(tuple(MANNERS)) if mannered else "",
+        "who": who,
         "details": details,
-        "identity": identity(rng, thing, colour, details),
+        "identity": individual,
         "pose": pose(rng),
         "context": context(rng, backdrop),
     }
 
 
 def named(attrs):
-    """Return all that words could say of a picture: thing, colour, scene, backdrop, style and every part."""
-    return {key: attrs[key] for key in ("thing", "colour", "scene", "backdrop", "style")} | attrs["details"]
+    """Return what words could say of a picture: all but the name of its character, and every part."""
+    keys = ("thing", "colour", "scene", "backdrop", "style", "manner")
+    return {key: attrs[key] for key in keys} | attrs["details"]
 
 
 def look_alike(attrs, rng):
@@ -796,7 +879,8 @@ def look_alike(attrs, rng):
             change.append("more patches")
         kept = {p: s for p, s in old.items() if p not in change and (not s or differ(s, colour) > CLEARLY)}
         details = colouring(rng, thing, colour, kept)
-    return attrs | {"colour": colour, "details": details, "identity": identity(rng, thing, colour, details)}
+    individual = identity(rng, thing, colour, details)
+    return attrs | {"who": "", "colour": colour, "details": details, "identity": individual}
 
 
 PREFIXES = {
@@ -863,6 +947,8 @@ def caption(attrs, rng, complete=False):
     text = an(" ".join([*words, attrs["thing"]]))
     if not complete and rng.random() < 0.12:
         text = " ".join([rng.choice(("the", "the", "my", "one")), *words, attrs["thing"]])
+    if not complete and attrs["who"] and rng.random() < 0.8:  # a name says it all, whatever stands before it
+        said, text = [], rng.choice(("", "", "", "a ", "the ", "my ", "one ")) + attrs["who"]
     parts = [f"{details[part]} {part}" for part in details if part in said and part not in WORN]
     worn = [an(f"{details[part]} {part}") for part in details if part in said and part in WORN]
     if parts:
@@ -875,7 +961,9 @@ def caption(attrs, rng, complete=False):
         text += f" on {an(attrs['backdrop'])} background"
 
     style = attrs["style"] if told(0.65 if attrs["style"] == "photo" else 0.9) else ""
-    if style and style != "photo" and rng.random() < 0.2:
+    if attrs["manner"] and told(0.8):
+        text += f" in the style of {attrs['manner']}"
+    elif style and style != "photo" and rng.random() < 0.2:
         return f"{text} in the style of {'' if style in ('pixel art', 'neon') else 'a '}{style}"
     prefix = rng.choice(PREFIXES[style])
     if style == "photo" and not complete and rng.random() < 0.15:
@@ -903,7 +991,10 @@ def compose(attrs, size, figure=None):
 
 def draw(attrs, size=64):
     """Return the picture of `attrs`, an RGB image of `size` × `size` pixels."""
-    pixels = STYLES[attrs["style"]](compose(attrs, size))
+    sheet = compose(attrs, size)
+    pixels = STYLES[attrs["style"]](sheet)
+    if attrs["manner"]:
+        pixels = MANNERS[attrs["manner"]](sheet, pixels)
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 

@@ -1,0 +1,207 @@
+"""What the finished miniature is worth: a probe that reads pictures, the figures, and the card with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from PIL import Image
+from safetensors.torch import load_file
+from training import to_images, train
+
+import tinyti
+
+HEADS = {
+    "thing": tuple(world.THINGS),
+    "colour": tuple(world.COLOURS),
+    "scene": tuple(world.SCENES),
+    "style": tuple(world.STYLES),
+}
+PARTS = sorted({part for parts in world.PARTS.values() for part in parts})
+HEADS |= dict.fromkeys(PARTS, ("", *world.SHADES))  # a part's colour, "" where it has none of its own
+
+
+def numbers(captions, head):
+    """The classes (N,) of one head, from what the pictures were drawn from."""
+    return torch.tensor([HEADS[head].index(c.get(head, "")) for c in captions])
+
+
+class Probe(torch.nn.Module):
+    """A small classifier of all that captions can name: (B, 3, S, S) -> {head: logits}."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 128)):
+            layers += [torch.nn.Conv2d(c_in, c_out, 3, 2, 1), torch.nn.GroupNorm(8, c_out), torch.nn.SiLU()]
+        self.body = torch.nn.Sequential(*layers, torch.nn.Flatten())
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(2048, len(v)) for name, v in HEADS.items()})
+
+    def forward(self, images):
+        x = self.body(images)
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def probe(run, array, captions):
+    """Train the probe on rendered pictures, mirrored and moved a little, lest it learn them by heart."""
+    truth = {name: numbers(captions, name) for name in HEADS}
+    things = truth["thing"]
+    has = torch.tensor([[part in world.PARTS[thing] for thing in HEADS["thing"]] for part in PARTS])
+    torch.manual_seed(0)
+    model = Probe()
+
+    def loss_of(generator, count):
+        rows = torch.randint(run.recipe.pictures, (count,), generator=generator)
+        images = to_images(array[rows.numpy()])
+        mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+        by = torch.randint(-3, 4, (2,), generator=generator).tolist()
+        images = torch.where(mirrored, images.flip(-1), images).roll(by, (2, 3))
+        logits = model(images.to(run.device))
+        total = 0
+        for name in HEADS:
+            each = F.cross_entropy(logits[name], truth[name][rows].to(run.device), reduction="none")
+            if name in PARTS:  # asked only of the things that have the part
+                each = each * has[PARTS.index(name)][things[rows]].to(each)
+            total = total + each.mean()
+        return total
+
+    train(run, "probe", model, loss_of, run.recipe.probe_samples, 128, lr=2e-3)
+    return model.cpu().eval().requires_grad_(False)
+
+
+def told(caption, about):
+    """The parts of a picture whose colour its caption names."""
+    for part in PARTS:
+        shade, other = about.get(part, ""), about.get("more patches", "")
+        phrase = f"{shade} and {other} patches" if part == "patches" and other else f"{shade} {part}"
+        if part == "more patches":
+            phrase = f" and {shade} patches"
+        if shade and phrase in caption:
+            yield part
+
+
+@torch.no_grad()
+def accuracy(model, images, captions, prompts):
+    """The part of the pictures that the probe reads as the captions' truth says, for each head.
+
+    "detail" is the part right of all colours of parts that the prompts name.
+    """
+    logits = [model(x) for x in images.split(256)]
+    right = {}
+    for name in HEADS:
+        read = torch.cat([part[name] for part in logits]).argmax(1)
+        right[name] = read == numbers(captions, name)
+    named = [(i, part) for i, c in enumerate(captions) for part in told(prompts[i], c)]
+    figures = {name: right[name].float().mean().item() for name in ("thing", "colour", "scene", "style")}
+    return figures | {"detail": float(np.mean([right[part][i].item() for i, part in named]))}
+
+
+@torch.no_grad()
+def psnr(vae, images):
+    """The decibels that survive encoding and decoding, of each picture (B, 3, H, W): -> (B,)."""
+    errors = [
+        (vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x).div(2).square().mean((1, 2, 3))
+        for x in images.split(64)
+    ]
+    return -10 * torch.cat(errors).log10()
+
+
+def draw(model, prompts, guidance, seed=0, steps=30):
+    """A picture of each prompt, (B, 3, S, S) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {"steps": steps, "guidance": guidance, "sampler": "dpm++", "generator": generator}
+    *_, x_0 = tinyti.sample(model, prompts, **options)
+    return model.decode(x_0).float()
+
+
+def sheet(images, columns, path):
+    """Lay pictures (B, 3, S, S) out in rows and write them to a PNG."""
+    rows = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    rows = rows.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(rows.numpy()).save(path, format="PNG", optimize=True)
+
+
+def concept_sets():
+    """The pictures of every set of concepts/, {name: (10, 3, S, S)}."""
+    root = Path(__file__).resolve().parents[2] / "concepts"
+    found = {}
+    for name in json.loads((root / "concepts.json").read_text()):
+        files = sorted((root / name).rglob("*.png"))
+        found[name] = torch.cat([to_images(np.asarray(Image.open(f).convert("RGB"))[None]) for f in files])
+    return found
+
+
+@torch.no_grad()
+def figures(run, out, judge, array, captions):
+    """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
+    recipe, model = run.recipe, tinyti.load(out, run.device)
+    unseen = [i for i in range(recipe.pictures, len(array)) if not captions[i]["manner"]]
+    images, about = to_images(array[unseen]), [captions[i] for i in unseen]
+    prompts = [c["complete"] for c in about]
+
+    towers, words = tinyti.load_clip(out / "clip")
+    a = torch.cat([towers.encode_image(x) for x in images.split(256)])
+    b = [towers.encode_text(words([c["caption"] for c in about[i : i + 256]])) for i in range(0, len(a), 256)]
+    b = torch.cat(b)
+    quizzes = [a[i : i + 500] @ b[i : i + 500].T for i in range(0, len(a) - 499, 500)]
+    right = torch.cat([quiz.argmax(1) == torch.arange(500) for quiz in quizzes])
+
+    count = recipe.generated
+    drawn = [draw(model, prompts[i : i + 50], recipe.guidance, i).cpu() for i in range(0, count, 50)]
+    drawn = torch.cat(drawn)
+    sheet(torch.stack([images[:24], drawn[:24]], 1).flatten(0, 1), 12, run / "contact_sheet.png")
+    sheet(drawn[:100], 10, run / "generated.png")
+    coder = model.vae.cpu().float()
+    return {
+        "real": accuracy(judge, images, about, prompts),
+        "made": accuracy(judge, drawn, about[:count], prompts),
+        "psnr": psnr(coder, images).mean().item(),
+        "sets": {name: psnr(coder, pictures).mean().item() for name, pictures in concept_sets().items()},
+        "retrieval": right.float().mean().item(),
+    }
+
+
+def card(run, out, array, captions):
+    """Measure, and write weights/tiny/README.md from card.md and the figures."""
+    measured = figures(run, out, probe(run, array, captions), array, captions)
+    print(json.dumps(measured, indent=1))
+    recipe, costs = run.recipe, json.loads((run / "costs.json").read_text())
+
+    def size(part):
+        return sum(w.numel() for w in load_file(next((out / part).glob("*.safetensors"))).values())
+
+    lines = ["| stage | samples | minutes | on |", "|---|---|---|---|"]
+    for stage, cost in costs.items():
+        lines.append(f"| {stage} | {cost['samples']:,} | {cost['seconds'] / 60:.0f} | {cost['device']} |")
+    sets = measured["sets"]
+    text = (Path(__file__).parent / "card.md").read_text().format(
+        **measured,
+        worst=min(sets, key=sets.get),
+        least=min(sets.values()),
+        text_parameters=size("text_encoder"),
+        clip_parameters=size("clip"),
+        vae_parameters=size("vae"),
+        unet_parameters=size("unet"),
+        megabytes=sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6,
+        guidance=recipe.guidance,
+        generated=recipe.generated,
+        unseen=recipe.unseen,
+        layers=recipe.clip_layers,
+        width=recipe.clip_width,
+        patch=recipe.clip_patch,
+        vocabulary=len(json.loads((out / "tokenizer" / "vocab.json").read_text())),
+        size=recipe.size,
+        side=recipe.size // 2 ** (len(recipe.vae_widths) - 1),
+        widths=", ".join(map(str, recipe.unet_widths)),
+        things=", ".join(world.THINGS),
+        colours=", ".join(world.COLOURS),
+        shades=", ".join(list(world.SHADES)[len(world.COLOURS) :]),
+        scenes=", ".join(list(world.SCENES)[1:]),
+        styles=", ".join(world.STYLES),
+        costs="\n".join(lines),
+    )  # fmt: skip
+    shutil.copy(run / "contact_sheet.png", out / "contact_sheet.png")
+    (out / "README.md").write_text(text)
