@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .concept import Concept
@@ -38,27 +38,30 @@ class LatentDiffusion:
         """The height and width in pixels of the pictures that the model was trained on."""
         return (self.unet.config.sample_size or 64) * self.vae.factor
 
-    def add_word(self, name, vectors):
-        """Make a learned word usable in prompts: vectors [n, D] -> Concept.
+    def add_word(self, name: str, vectors: Tensor) -> Concept:
+        """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
 
-        ValueError if the vectors are not as wide as the model's, or the name is taken.
+        ValueError if the vectors are not as wide as the model's, or the name is taken or cannot be a word.
         """
         width = self.text.table.shape[1]
-        if vectors.shape[-1] != width:
-            raise ValueError(
-                f"{name!r} has vectors of width {vectors.shape[-1]}, but this model's words have {width}"
-            )
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            shape = tuple(vectors.shape)
+            raise ValueError(f"{name!r} has vectors of shape {shape}, but this model's words are (n, {width})")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
 
-    def encode_prompts(self, prompts):
-        """Prompts -> context (B, T, D), with every learned word in its place."""
-        ids = self.tokenizer(prompts).to(self.device)
+    def encode_prompts(self, prompts: list[str], vectors: dict[str, Tensor] | None = None) -> Tensor:
+        """Prompts -> context (B, T, D), with every learned word in its place.
+
+        `vectors` {word: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
+        """
+        ids = self.tokenizer(prompts)
+        ids = (ids.pin_memory() if self.device.type == "cuda" else ids).to(self.device, non_blocking=True)
         embeds = self.text.embed(ids)
-        for concept in self.concepts.values():
-            embeds = concept.insert(embeds, ids)
-        return self.text(embeds, ids)
+        for name, concept in self.concepts.items():
+            embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
+        return self.text(embeds)
 
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, scaled to unit variance."""
