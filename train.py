@@ -1,13 +1,22 @@
 """Learn a word from a few pictures:  python train.py --images concepts/cat --token "S*" """
 
-import argparse
-import csv
-import json
 import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and status 130
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"train.py: interrupted\n") and 130))
+
+import csv
+import io
+import json
+import math
+import pickle
 import re
-import resource
 import sys
+import tempfile
 import time
+import zipfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -15,431 +24,360 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import tinyti
-from tinyti import embeddings
+from tinyti import cli, embeddings
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, grid, read_folder, read_templates, to_image
 from tinyti.inversion import (
-    START_WORDS,
-    STYLE_WORDS,
+    BATCH_SIZE,
+    EVALUATE_EVERY,
+    OPTIMIZERS,
+    STEPS,
     TIMESTEPS,
-    choose_start,
+    Inversion,
+    diagnose,
     evaluate,
     invert,
-    make_subject,
-    trouble,
+    make_examples,
 )
-from tinyti.model import pick_device
 
-HERE = Path(__file__).resolve().parent
 WORD_FILE = "learned_embeds.safetensors"
-PREVIEWS = (
-    "a photo of {}",
-    "a photo of {} on the beach",
-    "a photo of {} in the snow",
-    "a painting of {}",
-    "a sketch of {}",
-)
+PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the snow",
+            "a painting of {}", "a sketch of {}")  # fmt: skip
 STYLE_PREVIEWS = ("a cat in the style of {}", "a house in the style of {}", "a flower in the style of {}",
                   "a car in the style of {}", "a boat on the beach in the style of {}")  # fmt: skip
-PREVIEW_STEPS = (30, 100, 300, 1000, 3000)  # and before the first and after the last
-EVALUATE_EVERY = 10
-MAY_CHANGE = {
-    "steps",
-    "out",
-    "save_every",
-    "resume",
-    "force",
-    "device",
-    "no_early_stop",
-    "gradient_checkpointing",
-}
+PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
+MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device"}
+MAY_CHANGE |= {"no_early_stop", "gradient_checkpointing"}
 
 
 def arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to learn").add_argument
-    add(
-        "--images",
-        nargs="+",
-        required=True,
-        metavar="FOLDER",
-        help="a folder of pictures for each word; 3 to 5 are best",
-    )
-    add(
-        "--token",
-        nargs="+",
-        required=True,
-        metavar="WORD",
-        help="the new word, any string without white space; one for each folder",
-    )
-    add(
-        "--init",
-        nargs="+",
-        metavar="WORD",
-        help="word(s) to start from, one string for each folder; by default the best of a list",
-    )
-    add(
-        "--vectors",
-        type=int,
-        default=1,
-        metavar="N",
-        help="vectors per word; more hold more detail and obey prompts less",
-    )
+    add("--images", type=cli.text, required=True, metavar="FOLDER", help="pictures of a thing; 3 to 5 are best")
+    add("--token", type=cli.text, required=True, metavar="WORD", help="the new word, without white space")
+    add("--init", type=cli.text, metavar="WORDS", help="words to start from; by default the vocabulary's mean")
+    add("--vectors", type=cli.whole(1, 75), default=1, metavar="N",
+        help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
-    add(
-        "--templates", metavar="FILE", help="own prompts, one a line, {} for the word; by default the paper's"
-    )
+    add("--templates", type=cli.text, metavar="FILE",
+        help="own prompts, one a line, {} for the word; by default the paper's")  # fmt: skip
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
-    add(
-        "--size",
-        type=int,
-        help="side of the training pictures in pixels; by default what the model was trained on",
-    )
+    add("--size", type=cli.whole(1, 4096), help="side of the pictures in pixels; by default the model's own")
 
     add = parser.add_argument_group("how to learn it").add_argument
-    add("--steps", type=int, default=600, help="the most steps to take")
-    add(
-        "--no-early-stop",
-        action="store_true",
-        help="take all of them; by default the word ends when its evaluation loss is flat",
-    )
-    add("--batch-size", type=int, default=8, help="samples per step and word, on all GPUs together")
-    add("--accumulate", type=int, default=1, metavar="N", help="work a batch off in N parts, to save memory")
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="compute activations twice, to save much memory for about half as much time again",
-    )
-    add("--lr", type=float, default=5e-3, help="the effective learning rate of Adam; nothing scales it")
-    add(
-        "--timesteps",
-        type=float,
-        nargs=2,
-        default=list(TIMESTEPS),
-        metavar=("LOW", "HIGH"),
-        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach a word little",
-    )
-    add("--seed", type=int, default=0, help="of everything random")
-
-    add = parser.add_argument_group("the model and the machine").add_argument
-    add(
-        "--weights",
-        default=str(HERE / "weights" / "tiny"),
-        metavar="PATH",
-        help="model folder or single file, see weights/README.md",
-    )
-    add("--tokenizer", metavar="FOLDER", help="the vocabulary, for a single file that has none beside it")
-    add(
-        "--prediction",
-        choices=("epsilon", "v_prediction"),
-        help="what the model predicts, for single files of Stable Diffusion 2",
-    )
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        help="of the frozen networks; by default bf16 on GPUs that have it, else fp32",
-    )
+    add("--steps", type=cli.whole(1, 10**6), default=STEPS, help="the most steps to take")
+    add("--batch-size", type=cli.whole(1, 4096), default=BATCH_SIZE, help="samples per step, on all GPUs")
+    add("--accumulate", type=cli.whole(1, 4096), default=1, metavar="N",
+        help="compute a batch in N parts, to save memory")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
+    add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam is the paper's; it wants ten times the steps")
+    add("--lr", type=cli.number(1e-30, 100), help="step per number; by default "
+        + ", ".join(f"{kind.LR:g} for {name}" for name, kind in OPTIMIZERS.items()))  # fmt: skip
+    add("--no-early-stop", action="store_true",
+        help="take all steps; by default adam ends when its evaluation loss is flat")  # fmt: skip
+    add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
+        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach a word little")  # fmt: skip
+    add("--seed", type=cli.SEED, default=0, help="of everything random")
+    cli.model_flags(parser)
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--out", nargs="+", metavar="FOLDER", help="one for each word; by default words/ and the word")
-    add("--save-every", type=int, default=100, metavar="STEPS", help="how much work a crash may cost")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on where the folder's run stopped; the result is the same to the byte",
-    )
-    add("--force", action="store_true", help="write over a word that is there")
+    add("--out", type=cli.text, metavar="FOLDER", help="by default words/ and the word")
+    add("--save-every", type=cli.whole(1, 10**6), default=100, metavar="STEPS", help="what a crash may cost")
+    add("--resume", action="store_true", help="go on where the run stopped, to the same bytes")
+    add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
-    words, folders = len(args.token), len(args.images)
-    for flag, given in (
-        ("--images", folders),
-        ("--init", len(args.init or args.token)),
-        ("--out", len(args.out or args.token)),
-    ):
-        if given != words:
-            raise ValueError(
-                f"{words} words in --token, but {given} entries in {flag}; give one for each word"
-            )
-    for flag in ("vectors", "steps", "batch_size", "accumulate", "save_every"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
-    low, high = args.timesteps
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"--timesteps is {low} {high}; give two numbers from 0 to 1, the lower one first")
-    if not 0 < args.lr < float("inf"):
-        raise ValueError(f"--lr is {args.lr}; it must be a positive number, e.g. 5e-3")
+    if not args.timesteps[0] < args.timesteps[1]:
+        raise ValueError(f"--timesteps is {' '.join(map(str, args.timesteps))}; give the lower number first")
+    if len(args.token) > 64:
+        raise ValueError(f"--token has {len(args.token)} characters; take a short word, at most 64")
     return args
 
 
-def folder_name(token):
-    """A form of the word that every file system takes: `S` for `S*`, code points where nothing is left."""
-    return re.sub(r"[^\w-]", "", token) or "-".join(f"u{ord(c):x}" for c in token)
-
-
-def word_rows(model, text):
-    """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no such word."""
-    ids = [model.tokenizer.core.encode(word, add_special_tokens=False).ids for word in text.split()]
-    for word, pieces in zip(text.split(), ids):
-        if len(pieces) != 1 or not model.tokenizer.token(pieces[0]).isalpha():
-            raise ValueError(
-                f"--init {word!r} is no single word of the model's vocabulary; take a simpler one"
-            )
-    if not ids:
-        raise ValueError("--init is empty; give a word such as 'cat', or leave it out")
-    return model.text.table[[i for pieces in ids for i in pieces]]
-
-
-class Run:
-    """One word's output folder: what is written there, when, and how."""
-
-    def __init__(self, args, model, token, folder):
-        self.args, self.model, self.token, self.folder = args, model, token, Path(folder)
-        self.rows, self.log, self.vectors_at = [], [], {}
-        self.table = model.text.table.float()
-        self.median = self.table.norm(dim=-1).median().item()
-        self.words = model.tokenizer.word_ids()
-
-    def check(self, settings):
-        """Refuse to overwrite a word, or to go on with other settings."""
-        kept = self.folder / "settings.json"
-        if self.args.resume:
-            if not (self.folder / "state.pt").exists():
-                raise FileNotFoundError(
-                    f"--resume: there is no state.pt in {self.folder}; start without --resume"
-                )
-            before = json.loads(kept.read_text())
-            other = [
-                f"{k} was {before.get(k)!r} and is {v!r}" for k, v in settings.items() if before.get(k) != v
-            ]
-            if other:
-                raise ValueError(f"--resume: {self.folder} was begun with other settings: {'; '.join(other)}")
-        elif (self.folder / WORD_FILE).exists() and not self.args.force:
-            raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
-
-    def write(self, name, save):
-        """save(temporary path), then put it in place: a reader never sees half a file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.tmp"
-        try:
-            save(temporary)
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def statistics(self, subject):
-        """Norm and cosine to the start, means over the word's vectors."""
-        vectors = subject.concept.vectors.detach().cpu()
-        return vectors.norm(dim=-1).mean().item(), torch.cosine_similarity(
-            vectors, subject.start
-        ).mean().item()
-
-    def nearest(self, subject, k=5):
-        """The nearest words of the vocabulary and their cosines."""
-        found = subject.concept.nearest(self.table, k, self.words)[0]
-        return [(self.model.tokenizer.token(i), c) for i, c in found]
-
-    def preview(self, subject, step, label=None):
-        """A row of pictures with the vectors as they are now, always from the same noise."""
-        prompts = [p.format(self.token) for p in (STYLE_PREVIEWS if self.args.style else PREVIEWS)]
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        size = self.args.size or self.model.size
-        *_, x_0 = tinyti.sample(
-            self.model, prompts, steps=25, sampler="dpm++", generator=generators, size=size
-        )
-        self.rows.append((label or f"step {step}", [to_image(p) for p in self.model.decode(x_0)]))
-
-    def save(self, subject, photos):
-        """Everything the folder holds, from the state last, so that it never runs ahead of the rest."""
-        shown = [("learned from", [to_image(p.pixels) for p in photos[:5]]), *self.rows]
-        captions = [p.format(self.token) for p in (STYLE_PREVIEWS if self.args.style else PREVIEWS)]
-        self.write("progress.png", lambda p: grid(shown, footer=captions).save(p, format="PNG"))
-        self.write("log.csv", self._write_log)
-        vectors = subject.concept.vectors.detach().cpu()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        embeddings.write(self.folder / WORD_FILE, {self.token: vectors})
-        state = subject.state_dict() | {"vectors_at": self.vectors_at}
-        self.write("state.pt", lambda p: torch.save(state, p))
-
-    def _write_log(self, path):
-        with open(path, "w", newline="") as f:
-            csv.writer(f).writerows(
-                [("step", "loss", "evaluation", "gradient", "norm", "cosine_to_start"), *self.log]
-            )
-
-
-def prepare(args, model):
-    """Read the pictures, choose the start and add the word, for every word: -> [(Run, Subject, photos)]."""
-    templates = (
-        read_templates(args.templates)
-        if args.templates
-        else STYLE_TEMPLATES
-        if args.style
-        else OBJECT_TEMPLATES
-    )
-    size = args.size or model.size
-    folders = args.out or [HERE / "words" / folder_name(token) for token in args.token]
-    if len({str(Path(f).resolve()) for f in folders}) < len(folders):
-        raise ValueError(
-            f"two words would be written to the same folder ({', '.join(map(str, folders))}); give --out"
-        )
-    work = []
-    for i, (images, token) in enumerate(zip(args.images, args.token)):
-        if len(token) > 64:
-            raise ValueError(f"--token has {len(token)} characters; take a short word, at most 64")
-        run = Run(args, model, token, folders[i])
-        photos, passed_over = read_folder(images, size)
-        if passed_over:
-            say(f"{images}: passed over {'; '.join(passed_over)}")
-        init = args.init[i] if args.init else None
-        rows = word_rows(model, init) if init else model.text.table[:1]
-        ids = model.tokenizer.add(token, args.vectors)
-        concept = model.concepts[token] = Concept.initial(token, ids, rows, args.seed).to(model.device)
-        settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-        settings |= {"images": images, "token": token, "init": init}
-        run.check(settings)
-        one = make_subject(model, concept, photos, templates, flip=not args.no_flip)
-        if args.resume:
-            state = torch.load(run.folder / "state.pt", weights_only=True)
-            one.load_state_dict(state | {"finished": state["finished"] and not args.no_early_stop})
-            run.vectors_at = state["vectors_at"]
-            with open(run.folder / "log.csv", newline="") as f:
-                run.log = [tuple(row) for row in list(csv.reader(f))[1:] if int(row[0]) <= one.step]
-        elif init is None:
-            words = STYLE_WORDS if args.style else START_WORDS
-            losses = choose_start(model, one, words, args.seed, args.timesteps)
-            best = next(iter(losses))
-            say(f"{token} starts from “{best}”, which explains the pictures best (loss {losses[best]:.4f})")
-            one.put(Concept.initial(token, ids, word_rows(model, best), args.seed).vectors)
-        if leads():
-            run.write("settings.json", lambda p, s=settings: p.write_text(json.dumps(s, indent=1)))
-        work.append((run, one, photos))
-    return work
-
-
-def leads():
-    """Whether this is the process that writes and speaks."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text):
-    """A line for the user, above the progress bar."""
-    if leads():
-        tqdm.write(text, file=sys.stderr)
-
-
-def learn(args, model, work):
-    """The loop, and all that one sees of it."""
-    by_subject = {id(one): (run, photos) for run, one, photos in work}
-    for run, one, _ in work if leads() else []:
-        now = one.concept.vectors.detach().cpu().clone()
-        run.vectors_at.setdefault(0, now)
-        for step, vectors in run.vectors_at.items():  # rows of a resumed run are drawn again
-            one.put(vectors)
-            run.preview(one, step)
-        one.put(now)
-    done = min(one.step for _, one, _ in work)
-    bar = tqdm(total=args.steps, initial=done, unit="step", disable=not leads())
-    options = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "seed", "accumulate")}
-    for step in invert(
-        model,
-        [one for _, one, _ in work],
-        early_stop=not args.no_early_stop,
-        evaluate_every=EVALUATE_EVERY,
-        span=args.timesteps,
-        **options,
-    ):
-        one = step.subject
-        run, photos = by_subject[id(one)]
-        bar.update(step.number - bar.n)
-        if not leads():
-            continue
-        norm, cosine = run.statistics(one)
-        evaluation = one.evaluations[-1] if step.evaluated else ""
-        run.log.append((step.number, step.loss, evaluation, step.gradient, norm, cosine))
-        if step.evaluated:
-            nearest = " ".join(word for word, _ in run.nearest(one, 3))
-            bar.set_postfix_str(
-                f"{run.token}: eval {one.evaluations[0]:.4f} → {evaluation:.4f}, cos {cosine:.2f}, "
-                f"norm {norm:.2f} (vocabulary {run.median:.2f}), near {nearest}"
-            )
-        if step.number in PREVIEW_STEPS:
-            run.vectors_at[step.number] = one.concept.vectors.detach().cpu().clone()
-            run.preview(one, step.number)
-        if step.number % args.save_every == 0:
-            run.save(one, photos)
-    bar.close()
-
-
-def finish(args, model, work, began):
-    """Write everything once more, say what came out: -> exit status."""
-    status = 0
-    for run, one, photos in work:
-        run.preview(one, one.step, label=f"step {one.step}, the word")
-        run.save(one, photos)
-        if one.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
-            one.evaluations.append(evaluate(model, one, args.seed, args.timesteps))
-        first, last = one.evaluations[0], one.evaluations[-1]
-        stop = ", flat by then" if one.finished else ""
-        print(f"{run.token}: evaluation loss {first:.4f} → {last:.4f} in {one.step} steps{stop}")
-        print("nearest words: " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in run.nearest(one)))
-        if problem := trouble(one):
-            print(f"WARNING: {run.token} has learned nothing: {problem}", file=sys.stderr)
-            status = 1
-        weights = "" if args.weights == str(HERE / "weights" / "tiny") else f" --weights {args.weights}"
-        words = os.path.relpath(run.folder)
-        print(f'use it: python sample.py "a photo of {run.token} on the beach" --words {words}{weights}')
-    if model.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**30 if sys.platform == "darwin" else 2**20
-        )
-    print(f"{time.time() - began:.0f} s, {memory:.1f} GiB at most")
-    return status
+def main(argv=None):
+    """Run, and turn bad input into one line and exit status 2."""
+    return cli.run("train.py", lambda: train(arguments(argv)))
 
 
 def train(args):
-    """All of it: -> exit status."""
+    """Everything, from the first check to the last line: -> exit status."""
     began = time.time()
-    device, dtype = pick_device(args.device, args.precision)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    check_name(args.token)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.batch_size < dist.get_world_size():
-            raise ValueError(
-                f"--batch-size {args.batch_size} is less than the {dist.get_world_size()} processes"
-            )
-    model = tinyti.load(args.weights, device, dtype, args.prediction, args.tokenizer)
+            ranks = dist.get_world_size()
+            raise ValueError(f"--batch-size {args.batch_size} is less than the {ranks} processes")
+    model = cli.load_model(args)
     model.unet.checkpointing = args.gradient_checkpointing
-    work = prepare(args, model)
-    try:
-        learn(args, model, work)
-    except KeyboardInterrupt:
-        for run, one, photos in work if leads() else []:
-            run.save(one, photos)
-        say("interrupted; the words so far are saved, --resume goes on")
-        return 130
-    status = finish(args, model, work, began) if leads() else 0
+    size = args.size or model.size
+    model.check_size(size, size)
+    templates = STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
+    templates = read_templates(args.templates) if args.templates else templates
+    photos, passed_over = read_folder(args.images, size)
+    warn(args, model, passed_over)
+
+    rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
+    concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
+    examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
+    check_prompts(model, concept, examples.prompts)
+    word = Inversion(model, concept, args.optimizer, args.lr)
+    run = Run(args, model, word, photos) if cli.is_main_process() else None
+    with run or nullcontext():
+        if dist.is_initialized():
+            state = [word.state_dict()]
+            dist.broadcast_object_list(state)
+            word.load_state_dict(state[0])
+        bar = tqdm(total=args.steps, initial=word.step, unit="step", disable=not run)
+        options = {name: getattr(args, name) for name in ("batch_size", "seed", "accumulate")}
+        early_stop = args.optimizer == "adam" and not args.no_early_stop
+        for _ in invert(
+            model, word, examples, args.steps, span=args.timesteps, early_stop=early_stop, **options
+        ):
+            bar.update()
+            is_evaluated = word.step % EVALUATE_EVERY == 0
+            if is_evaluated:
+                bar.set_postfix_str(f"evaluation {word.evaluations[0]:.4f}, now {word.evaluations[-1]:.4f}")
+            if is_evaluated and not word.is_finite():
+                break
+            if run:
+                run.remember()
+            if run and word.step % args.save_every == 0 and word.is_finite():
+                run.save()
+        bar.close()
+        if run and word.is_finite():
+            run.save(last=True)
+        status = report(args, model, word, examples, run) if run else 0
+    if run:
+        print(f"{time.time() - began:.0f} s{cli.peak_memory(model.device)}")
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
 
 
-def main(argv=None):
-    """Run, and turn bad input into one line and exit status 2."""
+def check_name(token):
+    """Refuse a name that a file of words would not give back."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            embeddings.write(Path(folder) / WORD_FILE, {token: torch.zeros(1, 768)})
+            if list(embeddings.read(folder)) == [token]:
+                return
+        except ValueError:
+            pass
+    raise ValueError(f"--token {token} cannot be a word's name: the files that hold words use it otherwise")
+
+
+def check_prompts(model, concept, prompts):
+    """Refuse vectors that do not fit into every prompt, and prompts in which the word does not stand alone."""
+    places = model.tokenizer.length - 2
+    for prompt in {line for lines in prompts for line in lines}:
+        if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
+            n = len(concept.ids)
+            raise ValueError(
+                f"the prompt {prompt!r} has no place for all {n} vectors of the word within its {places} tokens, "
+                "or the word does not stand alone in it; take fewer --vectors or other --templates"
+            )
+
+
+def word_rows(model, text):
+    """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no such word."""
+    ids = [model.tokenizer.single(word) for word in text.split()]
+    if None in ids:
+        word = text.split()[ids.index(None)]
+        raise ValueError(f"--init {word!r} is no single word of the model's vocabulary; take a simpler one")
+    return model.text.table[ids]
+
+
+def warn(args, model, passed_over):
+    """Say what the user should know before the training."""
+    if files := [line for line in passed_over if "not a file" not in line]:  # but subfolders
+        cli.say(f"passed over {'; '.join(files)}")
+    is_drawn = cli.ROOT / "concepts" in Path(args.images).resolve().parents
+    if Path(args.weights).resolve() == cli.TINY and not is_drawn:
+        cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
+
+
+def report(args, model, word, examples, run):
+    """Say what came out: -> exit status, 1 if nothing was learned."""
+    if word.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
+        word.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
+    first, last = word.evaluations[0], word.evaluations[-1]
+    print(f"{args.token}: evaluation loss {first:.4f}, now {last:.4f}, after {word.step} steps")
+    if problem := diagnose(word):
+        print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
+    if word.is_finite():
+        tokenizer = model.tokenizer
+        nearest = word.concept.nearest(model.text.table, 5, tokenizer.word_ids())[0]
+        print("nearest words:", ", ".join(f"{tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest))
+        prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
+        weights = ["--weights", args.weights] if Path(args.weights).resolve() != cli.TINY else []
+        print("use it:", cli.command("sample.py", prompt, "--words", os.path.relpath(run.folder), *weights))
+    return 1 if problem else 0
+
+
+class Run:
+    """A run's folder.  state.pt is the run; the other files show it, and are written after it.
+
+    As a context it holds the folder against other runs, and saves the word if Ctrl-C ends the block.
+    """
+
+    def __init__(self, args, model, word, photos):
+        name = re.sub(r"[^\w-]", "", args.token) or "-".join(f"u{ord(c):x}" for c in args.token)
+        self.folder = Path(args.out or cli.ROOT / "words" / name)
+        self.args, self.model, self.word, self.photos = args, model, word, photos
+        self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+        self.previews = {0: word.word}  # the vectors at PREVIEW_STEPS
+        self.rows = {}  # the pictures of them, drawn when they are first shown
+        images = Path(args.images)
+        images = images.parent if images.is_file() else images
+        if os.path.realpath(self.folder) == os.path.realpath(images):
+            raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
+        if args.resume:
+            self._resume()
+        elif not args.force and any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
+            raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl  # not on Windows, where nothing keeps two runs apart
+        except ImportError:
+            return self
+        self._handle = os.open(self.folder, os.O_RDONLY)  # let go of by the system however the process ends
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._handle)
+            raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if kind is KeyboardInterrupt and self.word.step and self.word.is_finite():
+                self.save(draw=False)
+                step = self.word.step
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
+        finally:
+            if hasattr(self, "_handle"):
+                os.close(self._handle)
+            with suppress(OSError):
+                self.folder.rmdir()  # if nothing has been written
+
+    def remember(self):
+        """Keep the vectors of the steps that pictures are shown of."""
+        if self.word.step in PREVIEW_STEPS:
+            self.previews[self.word.step] = self.word.word
+
+    def save(self, last=False, draw=True):
+        """Write everything that the folder holds: the state first."""
+        self.remember()
+        previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
+        state = {"settings": self.settings, "previews": previews, "inversion": self.word.state_dict()}
+        with embeddings.atomic_write(self.folder / "state.pt") as file:
+            torch.save(state, file)
+        self.show(last, draw)
+
+    def show(self, last=False, draw=True):
+        """Write the files that show the state."""
+        embeddings.write(self.folder / WORD_FILE, {self.args.token: self.word.word})
+        with embeddings.atomic_write(self.folder / "settings.json") as file:
+            file.write(json.dumps(self.settings, indent=1).encode())
+        with embeddings.atomic_write(self.folder / "log.csv") as file:
+            lines = csv.writer(text := io.StringIO())
+            lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
+            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
+            for step, (loss, gradient, norm) in enumerate(self.word.state_dict()["log"].tolist(), 1):
+                lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
+            file.write(text.getvalue().encode())
+        if not draw:
+            return
+        templates = STYLE_PREVIEWS if self.args.style else PREVIEWS
+        prompts = [template.replace("{}", self.args.token) for template in templates]
+        shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
+        for step, vectors in self.previews.items():
+            if step not in self.rows:
+                self.rows[step] = self.pictures(vectors, prompts)
+            shown.append((f"step {step}", self.rows[step]))
+        if last:
+            shown.append((f"step {self.word.step}, the word", self.pictures(self.word.word, prompts)))
+        with embeddings.atomic_write(self.folder / "progress.png") as file:
+            grid(shown, footer=prompts).save(file, format="PNG")
+
+    def pictures(self, vectors, prompts):
+        """A picture for each prompt with these vectors, always from the same noise."""
+        self.word.show(vectors)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        settings = {"steps": 15, "sampler": "dpm++", "guidance": cli.GUIDANCE, "size": self.args.size}
+        *_, x_0 = tinyti.sample(self.model, prompts, generator=generators, **settings)
+        self.word.show(self.word.word)
+        return [to_image(pixels) for pixels in self.model.decode(x_0)]
+
+    def _resume(self):
+        """Take up the state of the folder, after checking it as a whole; nothing is changed if it is bad."""
+        file = self.folder / "state.pt"
+        if not file.is_file():
+            raise FileNotFoundError(f"--resume: there is no state.pt in {self.folder}; start without --resume")
+        state, fault = read_state(file), None
+        if not isinstance(state, dict) or state.keys() != {"settings", "previews", "inversion"}:
+            fault = "other entries than a run has"
+        elif not isinstance(before := state["settings"], dict):
+            fault = "no settings"
+        elif before != self.settings:
+            pairs = [(name, before.get(name), value) for name, value in self.settings.items()]
+            other = "; ".join(f"{name} was {a!r:.40} and is {b!r:.40}" for name, a, b in pairs if a != b)
+            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
+        else:
+            fault = find_fault(state, self.word.state_dict())
+        if fault:
+            raise ValueError(f"--resume: {file} is damaged or of another version ({fault}); take --force")
+        self.word.load_state_dict(state["inversion"])
+        self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
+
+
+def read_state(file):
+    """What torch.save wrote into a file, its checksums compared; ValueError for anything else."""
     try:
-        return train(arguments(argv))
-    except torch.cuda.OutOfMemoryError:
-        print(
-            "train.py: out of GPU memory; take --accumulate, --gradient-checkpointing or a smaller --size",
-            file=sys.stderr,
-        )
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-    return 2
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, *embeddings.DAMAGED) as error:
+        damaged = str(error)
+    raise ValueError(f"--resume: {file} is damaged ({damaged:.100}); start again with --force")
+
+
+def find_fault(state, like):
+    """What is wrong with a state, beside a whole one of the same settings; None if nothing is."""
+    found = state["inversion"]
+    step = found.get("step") if isinstance(found, dict) else None
+    if type(step) is not int or not 0 < step <= 10**6:
+        return "no step"
+    like = like | {"step": step, "log": torch.zeros(step, 3)}
+    like["optimizer"] = like["optimizer"] | {"steps": step}
+    previews = {s: like["start"] for s in PREVIEW_STEPS if s <= step}
+    evaluations = found.get("evaluations")
+    if not isinstance(evaluations, list) or len(evaluations) - step // EVALUATE_EVERY not in (0, 1):
+        return "other evaluations than its steps have"
+    like["evaluations"] = [0.0] * len(evaluations)
+    return differs(found, like, "the state") or differs(state["previews"], previews, "previews")
+
+
+def differs(found, like, name):
+    """Which part of a value has not the type, the keys or the shape of another, or is not finite."""
+    if type(found) is not type(like):
+        return f"{name} is a {type(found).__name__}"
+    if isinstance(like, dict):
+        if found.keys() != like.keys():
+            return f"{name} has other entries"
+        return next(filter(None, (differs(found[key], like[key], key) for key in like)), None)
+    if isinstance(like, list):
+        return next(filter(None, (differs(a, b, name) for a, b in zip(found, like))), None)
+    if isinstance(like, torch.Tensor):
+        kind = (torch.strided, like.dtype, like.device, like.shape)
+        if (found.layout, found.dtype, found.device, found.shape) != kind:
+            return f"{name} has the shape {list(found.shape)}"
+        return None if name == "log" or found.isfinite().all() else f"{name} has numbers that are not finite"
+    return f"{name} is {found}" if isinstance(like, float) and not math.isfinite(found) else None
 
 
 if __name__ == "__main__":

@@ -4,4 +4,5 @@ from .concept import Concept
 from .inversion import Inversion, invert, make_examples
 from .model import LatentDiffusion, load, load_clip, sample
 
-__all__ = ["Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "make_examples", "sample"]
+__all__ = ["Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "make_examples"]
+__all__ += ["sample"]

@@ -45,9 +45,8 @@ class Concept(nn.Module):
     def insert(self, embeds: Tensor, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).
 
-        `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without them
-        the word's are inserted.  Out of place, in the dtype of `embeds`.  Raises ValueError if D is not the
-        vectors'.
+        `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without
+        them it is the word's.  Out of place, in the dtype of `embeds`.  Raises ValueError if D is not theirs.
         """
         B, (n, D) = len(ids), self.vectors.shape
         if embeds.shape[-1] != D:

@@ -5,6 +5,7 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,8 +42,8 @@ class Examples(NamedTuple):
 @torch.no_grad()
 def make_examples(model: LatentDiffusion, word: str, photos: list[Photo], templates, flip=True) -> Examples:
     """Encode the photos once, both ways round unless told not to, and put the word into the templates."""
-    images = torch.stack([photo.pixels for photo in photos])
-    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (pictures, flips, 3, H, W)
+    images = torch.stack([photo.pixels for photo in photos])  # (N, 3, H, W)
+    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
     moments = [model.vae.encode(view.to(model.device, model.dtype)) for view in views]  # a photo at a time
     mean, std = (torch.stack(part).float() * model.vae.config.scaling_factor for part in zip(*moments))
     return Examples(mean, std, [[prompt(t, word, photo.caption) for t in templates] for photo in photos])
@@ -51,12 +52,15 @@ def make_examples(model: LatentDiffusion, word: str, photos: list[Photo], templa
 class Inversion:
     """All that changes while a word is learned; `invert` takes it from step to step.
 
-    The optimizer walks a `path`.  Single points of it are noisy, for every step has seen a few samples only, so
-    the word, `concept.vectors`, is a running average of the path, kept beside it.  `evaluations` are the losses
-    on the fixed batch from step 0 on; `log` has the loss, the gradient's norm and the word's norm of each step.
+    The optimizer walks a `path`.  Single points of it are noisy, for every step has seen a few samples only,
+    so the `word`, which `concept` shows, is a running average of the path, kept beside it; all are (n, D).
+    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each step's loss, the norm of its
+    gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
     """
 
-    def __init__(self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None):
+    def __init__(
+        self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
+    ):
         kind = OPTIMIZERS[optimizer]
         cap = {"cap": CAP * model.text.table.float().norm(dim=-1).median().item()} if kind is Whitened else {}
         self.concept = concept
@@ -65,7 +69,8 @@ class Inversion:
         self.step = 0
         self.evaluations: list[float] = []
         self.log: list[Tensor] = []
-        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0  # keeps fp16's gradients above its underflow
+        # Of the loss, so that its gradients do not underflow in fp16.
+        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0
 
     def move(self, gradients: Tensor, losses: Tensor) -> None:
         """One step, along the gradients (B, n, D) of a batch's losses (B,)."""
@@ -87,40 +92,42 @@ class Inversion:
         """Make the word mean these vectors (n, D) in prompts."""
         self.concept.vectors.copy_(vectors)
 
+    def is_finite(self) -> bool:
+        """Whether the word and its last evaluation are numbers."""
+        return bool(self.word.isfinite().all()) and math.isfinite(self.evaluations[-1])
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on exactly from here."""
-        names = ("start", "path", "word", "step", "evaluations", "scale")
+        """All that a later run needs to go on exactly from here, on the CPU."""
+        names = ("start", "path", "word", "step", "scale")
         log = torch.stack(self.log[: self.step]) if self.step else self.start.new_zeros(0, 3)
-        return {name: getattr(self, name) for name in names} | {
-            "evaluations": list(self.evaluations), "log": log, "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+        lists = {"evaluations": list(self.evaluations), "log": log, "optimizer": self.optimizer.state_dict()}
+        return _to({name: getattr(self, name) for name in names} | lists, torch.device("cpu"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
         state = _to(state, self.start.device)
-        self.optimizer.load_state_dict(state["optimizer"])
-        kept = {k: v for k, v in state.items() if k != "optimizer"}
-        self.__dict__.update(kept | {"evaluations": list(state["evaluations"]), "log": list(state["log"])})
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        self.__dict__.update(state | {name: list(state[name]) for name in ("evaluations", "log")})
         self.show(self.word)
 
 
 def _to(state, device):
-    """A state with its tensors on a device."""
+    """A copy of a state, with its tensors on a device."""
     if isinstance(state, dict):
         return {key: _to(value, device) for key, value in state.items()}
     return state.to(device) if isinstance(state, Tensor) else state
 
 
 def invert(
-    model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS, batch_size: int = BATCH_SIZE,
-    seed: int = 0, early_stop: bool = False, evaluate_every: int = EVALUATE_EVERY, accumulate: int = 1,
-    span: tuple[float, float] = TIMESTEPS,
+    model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
+    batch_size: int = BATCH_SIZE, seed: int = 0, early_stop: bool = False, evaluate_every: int = EVALUATE_EVERY,
+    accumulate: int = 1, span: tuple[float, float] = TIMESTEPS,
 ) -> Iterator[Inversion]:  # fmt: skip
     """Learn a word: a generator that yields it after each step, until it has taken `steps` in all.
 
-    batch_size: samples per step, of all processes together; accumulate: parts in which each process computes its
-    share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  early_stop: end where `converged`.
-    The draws of a step depend on `seed` and its number alone, so that a run which is resumed
+    batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
+    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  early_stop: end where
+    `converged`.  The draws of a step depend on `seed` and its number alone, so that a run which is resumed
     (Inversion.load_state_dict) or distributed walks the same path.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -130,14 +137,14 @@ def invert(
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
-        vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # each sample has its own copy
+        vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # a copy for each sample
         values = x_0.new_zeros(batch_size)
         for i in range(rank * accumulate, (rank + 1) * accumulate):
             part = slice(batch_size * i // parts, batch_size * (i + 1) // parts)
             if part.start < part.stop:
                 own = {word.concept.name: vectors[part]}
                 loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
-                (word.scale * loss.sum()).backward()  # of a sum of losses: each copy gets its own sample's gradient
+                (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
                 values[part] = loss.detach()
         if ranks > 1:  # the rows of the others are zero
             dist.all_reduce(vectors.grad)
@@ -176,7 +183,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) -> Tensor:
     """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
     (low, high), T = span, model.schedule.num_train_timesteps
-    return ((low + (high - low) * u.double()) * T).long().clamp(max=T - 1)
+    return send(((low + (high - low) * u.double()) * T).long().clamp(max=T - 1), model.device)
 
 
 def losses(
@@ -190,7 +197,7 @@ def losses(
     x_t = model.schedule.add_noise(x_0, eps, t)
     with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
         context = model.encode_prompts(prompts, vectors)
-        prediction = model.unet(x_t.to(model.dtype), send(t, x_0.device), context)
+        prediction = model.unet(x_t.to(model.dtype), t, context)
     target = model.schedule.target(x_0, eps, t)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 

@@ -38,6 +38,11 @@ class LatentDiffusion:
         """The height and width in pixels of the pictures that the model was trained on."""
         return (self.unet.config.sample_size or 64) * self.vae.factor
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for pictures that the model cannot make, height and width in pixels."""
+        if any(side <= 0 or side % self.vae.factor for side in (height, width)):
+            raise ValueError(f"the size is {height} x {width}; both must be multiples of {self.vae.factor} pixels")
+
     def add_word(self, name: str, vectors: Tensor) -> Concept:
         """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
 

@@ -88,6 +88,11 @@ class Tokenizer:
             ids += self.words[piece] if learned else self.core.encode(piece, add_special_tokens=False).ids
         return ids
 
+    def single(self, word: str) -> int | None:
+        """The id of a word that is one entry of the vocabulary; None for every other."""
+        ids = self.core.encode(word, add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 and self.token(ids[0]).isalpha() else None
+
     def overflow(self, text: str) -> int:
         """How many ids of a prompt are cut off at its end because they do not fit; 0 if all fit."""
         return max(0, len(self.encode(text)) - (self.length - 2))

@@ -1,0 +1,164 @@
+"""What the command lines share: the model's flags, types of arguments, and errors in one line."""
+
+import argparse
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .model import LatentDiffusion, load, pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "weights" / "tiny"
+GUIDANCE = 5.0  # of sample.py's pictures and train.py's previews
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults in its help, and raises ValueError for what it does not understand."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of an argument: a finite number from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def text(given: str) -> str:
+    """The type of an argument: not empty, and readable text whatever the terminal sent."""
+    if not given.strip() or not given.replace("\t", "").isprintable():
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is empty, or has characters that cannot be printed")
+    return given
+
+
+def device(given: str) -> str:
+    """The type of an argument: a device by PyTorch's name, or "auto"."""
+    try:
+        torch.device("cpu" if given == "auto" else given)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{given[:40]!r} is none of auto, cuda, mps and cpu") from None
+    return given
+
+
+SEED = whole(0, 2**32 - 1)
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, and where it is computed."""
+    add = parser.add_argument_group("the model and the machine").add_argument
+    add("--weights", type=text, default=str(TINY), metavar="PATH",
+        help="model folder or single file, see weights/README.md")  # fmt: skip
+    add("--tokenizer", type=text, metavar="FOLDER", help="for a single file that has none beside it")
+    add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
+    add("--device", type=device, default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    add("--precision", choices=("fp32", "bf16", "fp16"),
+        help="of the networks; by default bf16 on GPUs that have it, else fp32")  # fmt: skip
+
+
+def load_model(args: argparse.Namespace) -> LatentDiffusion:
+    """The model that the flags name, on its device."""
+    device, dtype = pick_device(args.device, args.precision)
+    if device.startswith("cuda:"):
+        index, count = torch.device(device).index, torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(f"--device {device}: PyTorch finds {count} GPUs, cuda:0 to cuda:{count - 1}")
+        torch.cuda.set_device(device)
+    return load(args.weights, device, dtype, args.prediction, args.tokenizer)
+
+
+def spelled_out(model: LatentDiffusion, prompt: str) -> list[str]:
+    """The words of a prompt that the model's vocabulary has no better way to write than letter by letter."""
+    ids = {word: model.tokenizer.encode(word) for word in prompt.split()}
+    return [word for word, pieces in ids.items() if len(pieces) > 2 and 2 * len(pieces) > len(word) > 3]
+
+
+def command(program: str, *words: str | Path) -> str:
+    """A command line for the user to copy."""
+    return shlex.join(["python", program, *map(str, words)])
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks: all but one of torchrun's do not."""
+    return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """A line for the user, above the progress bar."""
+    if is_main_process():
+        tqdm.write(one_line(message), file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks, which a file's name may hold."""
+    return " ".join(str(message).split())
+
+
+def peak_memory(device: torch.device) -> str:
+    """", 1.2 GiB at most" of this process; nothing where the system does not say."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+    else:
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return ""
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f", {most / 2**30:.1f} GiB at most"
+
+
+def run(program: str, function: Callable[[], int]) -> int:
+    """Call function() -> exit status; bad input is one line and status 2, Ctrl-C one line and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function()
+    except KeyboardInterrupt as interrupt:
+        error, status = interrupt if interrupt.args else "interrupted", 130
+    except (ValueError, OSError) as problem:
+        error, status = problem, 2
+    except (RuntimeError, MemoryError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
+            raise
+        error, status = "out of memory; take a smaller --size, --batch-size or --count, or --accumulate", 2
+    print(f"{program}: {one_line(error)}", file=sys.stderr)
+    return status
