@@ -9,11 +9,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and st
 import csv
 import io
 import json
-import math
 import pickle
 import re
 import sys
-import tempfile
 import time
 import zipfile
 from contextlib import nullcontext, suppress
@@ -36,6 +34,7 @@ from tinyti.inversion import (
     Inversion,
     diagnose,
     evaluate,
+    find_fault,
     invert,
     make_examples,
 )
@@ -77,7 +76,7 @@ def arguments(argv=None):
     add("--no-early-stop", action="store_true",
         help="take all steps; by default adam ends when its evaluation loss is flat")  # fmt: skip
     add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
-        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach a word little")  # fmt: skip
+        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
     add("--seed", type=cli.SEED, default=0, help="of everything random")
     cli.model_flags(parser)
 
@@ -102,7 +101,7 @@ def main(argv=None):
 def train(args):
     """Everything, from the first check to the last line: -> exit status."""
     began = time.time()
-    check_name(args.token)
+    embeddings.check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.batch_size < dist.get_world_size():
@@ -155,26 +154,14 @@ def train(args):
     return status
 
 
-def check_name(token):
-    """Refuse a name that a file of words would not give back."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            embeddings.write(Path(folder) / WORD_FILE, {token: torch.zeros(1, 768)})
-            if list(embeddings.read(folder)) == [token]:
-                return
-        except ValueError:
-            pass
-    raise ValueError(f"--token {token} cannot be a word's name: the files that hold words use it otherwise")
-
-
 def check_prompts(model, concept, prompts):
-    """Refuse vectors that do not fit into every prompt, and prompts in which the word does not stand alone."""
+    """Refuse vectors that do not fit into every prompt, and prompts with the word inside another."""
     places = model.tokenizer.length - 2
     for prompt in {line for lines in prompts for line in lines}:
         if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
             n = len(concept.ids)
             raise ValueError(
-                f"the prompt {prompt!r} has no place for all {n} vectors of the word within its {places} tokens, "
+                f"the prompt {prompt!r} has no room for the {n} vectors of the word among its {places} tokens, "
                 "or the word does not stand alone in it; take fewer --vectors or other --templates"
             )
 
@@ -206,6 +193,8 @@ def report(args, model, word, examples, run):
     if problem := diagnose(word):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
     if word.is_finite():
+        if warning := embeddings.compatibility_warning(args.token, args.vectors):
+            print(f"note: {warning}", file=sys.stderr)
         tokenizer = model.tokenizer
         nearest = word.concept.nearest(model.text.table, 5, tokenizer.word_ids())[0]
         print("nearest words:", ", ".join(f"{tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest))
@@ -272,7 +261,7 @@ class Run:
         """Write everything that the folder holds: the state first."""
         self.remember()
         previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
-        state = {"settings": self.settings, "previews": previews, "inversion": self.word.state_dict()}
+        state = {"settings": self.settings, "previews": previews, "word": self.word.state_dict()}
         with embeddings.atomic_write(self.folder / "state.pt") as file:
             torch.save(state, file)
         self.show(last, draw)
@@ -316,21 +305,22 @@ class Run:
         """Take up the state of the folder, after checking it as a whole; nothing is changed if it is bad."""
         file = self.folder / "state.pt"
         if not file.is_file():
-            raise FileNotFoundError(f"--resume: there is no state.pt in {self.folder}; start without --resume")
-        state, fault = read_state(file), None
-        if not isinstance(state, dict) or state.keys() != {"settings", "previews", "inversion"}:
-            fault = "other entries than a run has"
-        elif not isinstance(before := state["settings"], dict):
-            fault = "no settings"
-        elif before != self.settings:
+            raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
+        state = read_state(file)
+        before = state.get("settings") if isinstance(state, dict) else None
+        if not isinstance(before, dict) or state.keys() != {"settings", "previews", "word"}:
+            raise ValueError(f"--resume: {file} has not the entries of a run; start again with --force")
+        if before != self.settings:
             pairs = [(name, before.get(name), value) for name, value in self.settings.items()]
             other = "; ".join(f"{name} was {a!r:.40} and is {b!r:.40}" for name, a, b in pairs if a != b)
             raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
-        else:
-            fault = find_fault(state, self.word.state_dict())
-        if fault:
-            raise ValueError(f"--resume: {file} is damaged or of another version ({fault}); take --force")
-        self.word.load_state_dict(state["inversion"])
+        try:
+            self.word.load_state_dict(state["word"])
+            steps = [step for step in PREVIEW_STEPS if step <= self.word.step]
+            if fault := find_fault(state["previews"], dict.fromkeys(steps, state["word"]["start"]), "previews"):
+                raise ValueError(fault)
+        except ValueError as error:
+            raise ValueError(f"--resume: {file} is damaged ({error}); start again with --force") from None
         self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
 
 
@@ -344,40 +334,6 @@ def read_state(file):
     except (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, *embeddings.DAMAGED) as error:
         damaged = str(error)
     raise ValueError(f"--resume: {file} is damaged ({damaged:.100}); start again with --force")
-
-
-def find_fault(state, like):
-    """What is wrong with a state, beside a whole one of the same settings; None if nothing is."""
-    found = state["inversion"]
-    step = found.get("step") if isinstance(found, dict) else None
-    if type(step) is not int or not 0 < step <= 10**6:
-        return "no step"
-    like = like | {"step": step, "log": torch.zeros(step, 3)}
-    like["optimizer"] = like["optimizer"] | {"steps": step}
-    previews = {s: like["start"] for s in PREVIEW_STEPS if s <= step}
-    evaluations = found.get("evaluations")
-    if not isinstance(evaluations, list) or len(evaluations) - step // EVALUATE_EVERY not in (0, 1):
-        return "other evaluations than its steps have"
-    like["evaluations"] = [0.0] * len(evaluations)
-    return differs(found, like, "the state") or differs(state["previews"], previews, "previews")
-
-
-def differs(found, like, name):
-    """Which part of a value has not the type, the keys or the shape of another, or is not finite."""
-    if type(found) is not type(like):
-        return f"{name} is a {type(found).__name__}"
-    if isinstance(like, dict):
-        if found.keys() != like.keys():
-            return f"{name} has other entries"
-        return next(filter(None, (differs(found[key], like[key], key) for key in like)), None)
-    if isinstance(like, list):
-        return next(filter(None, (differs(a, b, name) for a, b in zip(found, like))), None)
-    if isinstance(like, torch.Tensor):
-        kind = (torch.strided, like.dtype, like.device, like.shape)
-        if (found.layout, found.dtype, found.device, found.shape) != kind:
-            return f"{name} has the shape {list(found.shape)}"
-        return None if name == "log" or found.isfinite().all() else f"{name} has numbers that are not finite"
-    return f"{name} is {found}" if isinstance(like, float) and not math.isfinite(found) else None
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Inversion:
 
     The optimizer walks a `path`.  Single points of it are noisy, for every step has seen a few samples only,
     so the `word`, which `concept` shows, is a running average of the path, kept beside it; all are (n, D).
-    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each step's loss, the norm of its
-    gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
+    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each step's loss, the norm of
+    its gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class Inversion:
             path = optimizer.step(self.path, gradients)
             word = self.word.lerp(path, max(2 / (self.step + 2), 1 / AVERAGE))
             change |= {"optimizer": optimizer, "path": path, "word": word}
-        norms = gradients.mean(dim=0).norm(), change.get("word", self.word).norm(dim=-1).mean()
-        self.log[self.step :] = [torch.stack([losses.mean(), *norms])]
+        # nan_to_num, for an overflow of fp16 is no fault of the state.
+        norms = gradients.mean(dim=0).norm().nan_to_num(), change.get("word", self.word).norm(dim=-1).mean()
+        self.log[self.step :] = [torch.stack([losses.mean().nan_to_num(), *norms])]
         self.__dict__.update(change)  # at once: Ctrl-C finds the state before the step or after it
         self.show(self.word)
 
@@ -104,11 +105,46 @@ class Inversion:
         return _to({name: getattr(self, name) for name in names} | lists, torch.device("cpu"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
+        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
+
+        ValueError, and nothing is changed, if it is not the whole state of a run with the same settings.
+        """
+        step = state.get("step") if isinstance(state, dict) else None
+        if type(step) is not int or not 0 <= step <= 10**6:
+            raise ValueError("the state of the word has no step")
+        like = self.state_dict()
+        due = step // EVALUATE_EVERY + 1  # evaluations; the last may be missing if Ctrl-C ended its step
+        found = state.get("evaluations")
+        count = len(found) if isinstance(found, list) and len(found) in (due - 1, due) else due
+        like |= {"step": step, "log": torch.zeros(step, 3), "evaluations": [0.0] * count}
+        if fault := find_fault(state, like, "the state of the word"):
+            raise ValueError(fault)
         state = _to(state, self.start.device)
         self.optimizer.load_state_dict(state.pop("optimizer"))
         self.__dict__.update(state | {name: list(state[name]) for name in ("evaluations", "log")})
         self.show(self.word)
+
+
+def find_fault(found: Any, like: Any, name: str) -> str | None:
+    """Where a value has not the types, keys and shapes of another, or is not finite; None if nowhere."""
+    if type(found) is not type(like):
+        return f"{name} is a {type(found).__name__}, expected a {type(like).__name__}"
+    if isinstance(like, dict):
+        if found.keys() != like.keys():
+            return f"{name} has other entries than {', '.join(map(str, like))}"
+        faults = [find_fault(found[key], like[key], f"{name}: {key}") for key in like]
+    elif isinstance(like, list):
+        if len(found) != len(like):
+            return f"{name} has {len(found)} entries, expected {len(like)}"
+        faults = [find_fault(a, b, name) for a, b in zip(found, like)]
+    elif isinstance(like, Tensor):
+        kinds = [(x.layout, x.dtype, x.device, tuple(x.shape)) for x in (found, like)]
+        if kinds[0] != kinds[1]:
+            return f"{name} is a tensor of {kinds[0]}, expected {kinds[1]}"
+        faults = [] if found.isfinite().all() else [f"{name} has numbers that are not finite"]
+    else:
+        faults = [f"{name} is {found}"] if isinstance(found, float) and not math.isfinite(found) else []
+    return next(filter(None, faults), None)
 
 
 def _to(state, device):
@@ -120,8 +156,8 @@ def _to(state, device):
 
 def invert(
     model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
-    batch_size: int = BATCH_SIZE, seed: int = 0, early_stop: bool = False, evaluate_every: int = EVALUATE_EVERY,
-    accumulate: int = 1, span: tuple[float, float] = TIMESTEPS,
+    batch_size: int = BATCH_SIZE, seed: int = 0, early_stop: bool = False, accumulate: int = 1,
+    span: tuple[float, float] = TIMESTEPS,
 ) -> Iterator[Inversion]:  # fmt: skip
     """Learn a word: a generator that yields it after each step, until it has taken `steps` in all.
 
@@ -132,8 +168,8 @@ def invert(
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = ranks * accumulate
-    _evaluate_if_due(model, word, examples, seed, span, evaluate_every)
-    while word.step < steps and not (early_stop and converged(word.evaluations, 120 // evaluate_every)):
+    _evaluate_if_due(model, word, examples, seed, span)
+    while word.step < steps and not (early_stop and converged(word.evaluations)):
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
@@ -150,12 +186,12 @@ def invert(
             dist.all_reduce(vectors.grad)
             dist.all_reduce(values)
         word.move(vectors.grad / word.scale, values)
-        _evaluate_if_due(model, word, examples, seed, span, evaluate_every)
+        _evaluate_if_due(model, word, examples, seed, span)
         yield word
 
 
-def _evaluate_if_due(model, word, examples, seed, span, every):
-    if word.step % every == 0 and len(word.evaluations) <= word.step // every:
+def _evaluate_if_due(model, word, examples, seed, span):
+    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
         value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
         if dist.is_initialized():  # so that all agree when to end, down to the rounding
             dist.broadcast(value, 0)

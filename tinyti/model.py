@@ -41,7 +41,7 @@ class LatentDiffusion:
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for pictures that the model cannot make, height and width in pixels."""
         if any(side <= 0 or side % self.vae.factor for side in (height, width)):
-            raise ValueError(f"the size is {height} x {width}; both must be multiples of {self.vae.factor} pixels")
+            raise ValueError(f"the size {height} x {width}: give multiples of {self.vae.factor} pixels")
 
     def add_word(self, name: str, vectors: Tensor) -> Concept:
         """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
@@ -50,8 +50,8 @@ class LatentDiffusion:
         """
         width = self.text.table.shape[1]
         if vectors.ndim != 2 or vectors.shape[1] != width:
-            shape = tuple(vectors.shape)
-            raise ValueError(f"{name!r} has vectors of shape {shape}, but this model's words are (n, {width})")
+            found, expected = tuple(vectors.shape), f"(n, {width})"
+            raise ValueError(f"{name!r} has vectors of shape {found}, but this model's words have {expected}")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept

@@ -1,7 +1,6 @@
 """The optimizers of a word: whitened steps, which only something as small as a word can afford, and Adam.
 
-Both take the gradient of every sample of the batch by itself, (B, n, D), and change nothing in place: what they
-held before a step is still whole if the step is cut short."""
+Both take the gradient of every sample of the batch by itself, (B, n, D), and change no tensor in place."""
 
 import math
 from typing import Any
@@ -17,19 +16,19 @@ FLOOR = 1e-3  # of the largest eigenvalue: how much the directions that no gradi
 class Whitened:
     """Steps of one length along the momentum, whitened by the full second moment of the gradients.
 
-    Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g with M = sum of g gᵀ, a
-    D × D matrix.  A network has too many parameters for it; a word has D = 128 … 1280.  M^(-1/2) makes the
-    gradients' noise alike in all directions, so that a step follows what the samples agree on, wherever their
-    disagreement is largest.  For each vector of the word, with g_b the gradient of sample b:
+    Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, where M, D × D, is the
+    sum of all g gᵀ so far.  A network has too many parameters for that; a vector has 128 … 1280.  M^(-1/2)
+    makes the gradients' noise alike in all directions, so that a step follows what the samples agree on, also
+    where they differ most.  For each vector v of the word, with g_b the gradient of sample b:
 
-        M <- M + mean_b g_b g_bᵀ                    m <- 0.9 m + 0.1 mean_b g_b
-        d  = M^(-1/2) m                             v <- v - lr √D d / ‖d‖
+        M <- M + mean_b g_b g_bᵀ        m <- 0.9 m + 0.1 mean_b g_b
+        d  = M^(-1/2) m                 v <- v - lr √D d / ‖d‖
 
-    Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised: its root
-    mean square is `lr` per number (so M as a sum or as a mean, and m with or without Adam's correction, are the
-    same).  The eigenvalues are floored at FLOOR of the largest, since M has a rank of B after the first step.
-    `cap` is the longest that a vector may become: norms would grow without an end, and bury the prompt's other
-    words.
+    Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised, so that
+    its root mean square is `lr` per number; M as a sum or as a mean, m with or without Adam's correction for
+    its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most B
+    after the first step.  `cap` is the longest that a vector may become: without it vectors grow step by step,
+    and the longer they are, the less do the other words of a prompt count.
     """
 
     LR = 1e-2
