@@ -28,7 +28,8 @@ LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|\w*\*")  # how people write words that a
 def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("prompts", nargs="+", type=cli.text, metavar="PROMPT", help="what to draw, with learned words")
+    add = parser.add_argument
+    add("prompts", nargs="+", type=cli.text, metavar="PROMPT", help="what to draw, with learned words")
     add = parser.add_argument_group("what to draw with").add_argument
     add("--words", nargs="+", type=cli.text, default=[], metavar="[NAME=]PATH",
         help="folders of train.py, or files of any kind in use; NAME= renames the word")  # fmt: skip
@@ -133,7 +134,7 @@ def check_prompt(model, prompt, wants_word):
         known = ", ".join(model.concepts)
         raise ValueError(f"no learned word stands alone in the prompt {prompt!r}; the words are {known}")
     if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
-        raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {prompt!r}; shorten it")
+        raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {prompt!r}")
     if len(ids) > places:
         cli.say(f"the last {len(ids) - places} tokens of {prompt!r} do not fit and are left out")
     for word in LOOKS_LEARNED.findall(prompt):

@@ -7,14 +7,15 @@ import pytest
 
 from .conftest import ROOT
 
-ALONE = {"layers", "diffusion", "concept", "tokenizer", "data", "embeddings"}  # stand on their own
+ALONE = {"layers", "diffusion", "concept", "tokenizer", "data", "embeddings", "whitened"}  # stand on their own
 NETWORKS = {"clip", "ldmbert", "vae", "unet"}
 MAY_IMPORT = {
     **{name: set() for name in ALONE},
     **{name: {"layers"} for name in NETWORKS},
     "checkpoint": NETWORKS,
     "model": {"checkpoint", "concept", "diffusion", "tokenizer", *NETWORKS},
-    "inversion": {"model", "concept", "data", "diffusion"},
+    "inversion": {"model", "concept", "data", "diffusion", "whitened"},
+    "cli": {"model"},
     "metrics": {"model"},
 }
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}
