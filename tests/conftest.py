@@ -1,11 +1,15 @@
 """What several test files share."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import tinyti
+from tinyti import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
@@ -28,6 +32,27 @@ def relative_error(reference, result):
     """The largest difference, relative to the reference's scale."""
     assert reference.shape == result.shape
     return ((reference - result).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The miniature, loaded once for all runs of the two programs in this process, without learned words."""
+    real = cli.load_model
+
+    def load_model(args):
+        if args.weights != str(TINY) or args.precision or args.device not in ("auto", "cpu"):
+            return real(args)
+        model = _tiny()
+        model.tokenizer.words.clear()
+        model.concepts.clear()
+        return model
+
+    monkeypatch.setattr(cli, "load_model", load_model)
+
+
+@functools.cache
+def _tiny():
+    return tinyti.load(TINY)
 
 
 @pytest.fixture(scope="session")
