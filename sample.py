@@ -31,7 +31,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("prompts", nargs="+", type=cli.text, metavar="PROMPT", help="what to draw, with learned words")
     add = parser.add_argument_group("what to draw with").add_argument
-    add("--words", nargs="+", type=cli.text, default=[], metavar="[NAME=]PATH",
+    add("--words", nargs="+", type=cli.path, default=[], metavar="[NAME=]PATH",
         help="folders of train.py, or files of any kind in use; NAME= renames the word")  # fmt: skip
     cli.model_flags(parser)
 
@@ -48,7 +48,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("what comes out").add_argument
     add("--count", type=cli.whole(1, 10**4), default=4, help="pictures per prompt")
     add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
-    add("--out", type=cli.text, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
+    add("--out", type=cli.path, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
     add("--force", action="store_true", help="replace pictures that are there")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:

@@ -53,13 +53,13 @@ def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to learn").add_argument
-    add("--images", type=cli.text, required=True, metavar="FOLDER", help="pictures of a thing; 3 to 5 are best")
+    add("--images", type=cli.path, required=True, metavar="FOLDER", help="pictures of a thing; 3 to 5 are best")
     add("--token", type=cli.text, required=True, metavar="WORD", help="the new word, without white space")
     add("--init", type=cli.text, metavar="WORDS", help="words to start from; by default the vocabulary's mean")
     add("--vectors", type=cli.whole(1, 75), default=1, metavar="N",
         help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
-    add("--templates", type=cli.text, metavar="FILE",
+    add("--templates", type=cli.path, metavar="FILE",
         help="own prompts, one a line, {} for the word; by default the paper's")  # fmt: skip
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
     add("--size", type=cli.whole(1, 4096), help="side of the pictures in pixels; by default the model's own")
@@ -81,7 +81,7 @@ def arguments(argv=None):
     cli.model_flags(parser)
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--out", type=cli.text, metavar="FOLDER", help="by default words/ and the word")
+    add("--out", type=cli.path, metavar="FOLDER", help="by default words/ and the word")
     add("--save-every", type=cli.whole(1, 10**6), default=100, metavar="STEPS", help="what a crash may cost")
     add("--resume", action="store_true", help="go on where the run stopped, to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
@@ -122,12 +122,12 @@ def train(args):
     check_prompts(model, concept, examples.prompts)
     word = Inversion(model, concept, args.optimizer, args.lr)
     run = Run(args, model, word, photos) if cli.is_main_process() else None
-    with run or nullcontext():
+    bar = tqdm(total=args.steps, initial=word.step, unit="step", disable=not run)
+    with run or nullcontext(), bar:
         if dist.is_initialized():
             state = [word.state_dict()]
             dist.broadcast_object_list(state)
             word.load_state_dict(state[0])
-        bar = tqdm(total=args.steps, initial=word.step, unit="step", disable=not run)
         options = {name: getattr(args, name) for name in ("batch_size", "seed", "accumulate")}
         early_stop = args.optimizer == "adam" and not args.no_early_stop
         for _ in invert(
@@ -143,10 +143,9 @@ def train(args):
                 run.remember()
             if run and word.step % args.save_every == 0 and word.is_finite():
                 run.save()
-        bar.close()
         if run and word.is_finite():
             run.save(last=True)
-        status = report(args, model, word, examples, run) if run else 0
+    status = report(args, model, word, examples, run) if run else 0
     if run:
         print(f"{time.time() - began:.0f} s{cli.peak_memory(model.device)}")
     if dist.is_initialized():
@@ -310,10 +309,10 @@ class Run:
         before = state.get("settings") if isinstance(state, dict) else None
         if not isinstance(before, dict) or state.keys() != {"settings", "previews", "word"}:
             raise ValueError(f"--resume: {file} has not the entries of a run; start again with --force")
-        if before != self.settings:
-            pairs = [(name, before.get(name), value) for name, value in self.settings.items()]
-            other = "; ".join(f"{name} was {a!r:.40} and is {b!r:.40}" for name, a, b in pairs if a != b)
-            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
+        if repr(before) != repr(self.settings):
+            pairs = [(name, repr(before.get(name)), repr(value)) for name, value in self.settings.items()]
+            other = "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b)
+            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other or list(before)}")
         try:
             self.word.load_state_dict(state["word"])
             steps = [step for step in PREVIEW_STEPS if step <= self.word.step]

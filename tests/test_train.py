@@ -109,13 +109,10 @@ def test_an_interrupt_keeps_the_word(tmp_path):
 @pytest.mark.parametrize("program", ["train", "sample"])
 def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
     flags = [*CAT, "--out", tmp_path / "out"] if program == "train" else ["a cat", "--out", tmp_path / "out"]
-    for delay in (0.15, 0.6):
-        process = start(f"{program}.py", *flags)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err.split("\r")[-1]
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    process = start(f"{program}.py", *flags, PYTHONPATH=str(tmp_path))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == f"{program}.py: interrupted\n" and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place, saved", [
@@ -124,11 +121,9 @@ def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
 ])  # fmt: skip
 def test_an_interrupt_at_any_place_is_one_line(place, saved, word, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
-        monkeypatch.undo_interrupt()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        monkeypatch.undo_interrupt = lambda: None
         patch.setattr(place, interrupt)
         early_stop = ["--optimizer", "adam"] if "converged" in place else []
         out, flags = tmp_path / "S", [*FEW, "--save-every", "100", *early_stop]
@@ -158,10 +153,10 @@ def test_a_rank_alone_is_no_distributed_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "learned_embeds.safetensors").exists() and "use it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, expected", [(["--lr", "1e-30"], "learned nothing"), (["--lr", "1e-30", "--optimizer", "adam"], "learned nothing")])  # fmt: skip
-def test_a_run_that_learns_nothing_says_so(flags, expected, tmp_path, capsys):
-    assert train(*CAT, "--out", tmp_path / "S", *FEW, *flags) == 1
-    assert expected in capsys.readouterr().err
+@pytest.mark.parametrize("optimizer", ["whitened", "adam"])
+def test_a_run_that_learns_nothing_says_so(optimizer, tmp_path, capsys):
+    assert train(*CAT, "--out", tmp_path / "S", *FEW, "--init", "cat", "--lr", "1e-30", "--optimizer", optimizer) == 1
+    assert "learned nothing" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
@@ -229,16 +224,15 @@ def test_the_last_line_can_be_copied(word, tmp_path, capsys):
     assert "in the style of S*" in line and "a b'" in line
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
-def test_a_terminal_of_few_characters(encoding, tmp_path):
+def test_a_terminal_of_few_characters(tmp_path):
     flags = ["--images", CONCEPTS / "cat", "--token", "<猫>", "--out", tmp_path, *FEW, "--steps", "1"]
-    process = start("train.py", *flags, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    process = start("train.py", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     out, err = process.communicate(timeout=120)
     assert process.returncode in (0, 1) and "use it" in out, err
 
 
 NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "*", "S*", "<my-cat>", "猫", "name",
-         "learned_embeds", "IN01", "emp_params_out", "a/b", "..", "<embed>", "format", "0", "é", "👩‍👩‍👧"]  # fmt: skip
+         "learned_embeds", "IN01", "emp_params_out", "a/b", "..", "<embed>", "format", "0", "é"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,10 +4,12 @@ import argparse
 import io
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,9 +64,18 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def text(given: str) -> str:
-    """The type of an argument: not empty, and readable text whatever the terminal sent."""
-    if not given.strip() or not given.replace("\t", "").isprintable():
-        raise argparse.ArgumentTypeError(f"{given[:40]!a} is empty, or has characters that cannot be printed")
+    """The type of an argument: not blank, without control characters, and what Unicode can write."""
+    if not given.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank or has characters that are no text")
+    return given
+
+
+def path(given: str) -> str:
+    """The type of an argument: not blank, and if it is there, a file or a folder; no pipe and no device."""
+    if not given.strip() or "\0" in given:
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is no path")
+    if os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given)):
+        raise argparse.ArgumentTypeError(f"{given[:200]!a} is neither a file nor a folder")
     return given
 
 
@@ -83,9 +94,9 @@ SEED = whole(0, 2**32 - 1)
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, and where it is computed."""
     add = parser.add_argument_group("the model and the machine").add_argument
-    add("--weights", type=text, default=str(TINY), metavar="PATH",
+    add("--weights", type=path, default=str(TINY), metavar="PATH",
         help="model folder or single file, see weights/README.md")  # fmt: skip
-    add("--tokenizer", type=text, metavar="FOLDER", help="for a single file that has none beside it")
+    add("--tokenizer", type=path, metavar="FOLDER", help="for a single file that has none beside it")
     add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
     add("--device", type=device, default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     add("--precision", choices=("fp32", "bf16", "fp16"),
@@ -105,8 +116,9 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
 
 def spelled_out(model: LatentDiffusion, prompt: str) -> list[str]:
     """The words of a prompt that the model's vocabulary has no better way to write than letter by letter."""
-    ids = {word: model.tokenizer.encode(word) for word in prompt.split()}
-    return [word for word, pieces in ids.items() if len(pieces) > 2 and 2 * len(pieces) > len(word) > 3]
+    words = re.findall(r"[^\W\d_]{4,}", prompt)
+    lengths = {word: len(model.tokenizer.encode(word)) for word in words if word not in model.concepts}
+    return [word for word, length in lengths.items() if length > 2 and 2 * length > len(word)]
 
 
 def command(program: str, *words: str | Path) -> str:
@@ -126,8 +138,9 @@ def say(message: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """A message without line breaks, which a file's name may hold."""
-    return " ".join(str(message).split())
+    """A message without line breaks, which a file's name may hold, and of a length that one reads."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= 1000 else line[:1000] + " ..."
 
 
 def peak_memory(device: torch.device) -> str:

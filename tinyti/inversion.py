@@ -113,10 +113,11 @@ class Inversion:
         if type(step) is not int or not 0 <= step <= 10**6:
             raise ValueError("the state of the word has no step")
         like = self.state_dict()
-        due = step // EVALUATE_EVERY + 1  # evaluations; the last may be missing if Ctrl-C ended its step
+        due = step // EVALUATE_EVERY + 1  # evaluations
         found = state.get("evaluations")
-        count = len(found) if isinstance(found, list) and len(found) in (due - 1, due) else due
-        like |= {"step": step, "log": torch.zeros(step, 3), "evaluations": [0.0] * count}
+        if step % EVALUATE_EVERY == 0 and isinstance(found, list) and len(found) == due - 1:
+            due -= 1  # Ctrl-C came before the last of them
+        like |= {"step": step, "log": torch.zeros(step, 3), "evaluations": [0.0] * due}
         if fault := find_fault(state, like, "the state of the word"):
             raise ValueError(fault)
         state = _to(state, self.start.device)
