@@ -53,9 +53,9 @@ def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to learn").add_argument
-    add("--images", type=cli.path, required=True, metavar="FOLDER", help="pictures of a thing; 3 to 5 are best")
+    add("--images", type=cli.path, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
     add("--token", type=cli.text, required=True, metavar="WORD", help="the new word, without white space")
-    add("--init", type=cli.text, metavar="WORDS", help="words to start from; by default the vocabulary's mean")
+    add("--init", type=cli.text, metavar="WORDS", help="where to start; by default the vocabulary's mean")
     add("--vectors", type=cli.whole(1, 75), default=1, metavar="N",
         help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
@@ -70,13 +70,13 @@ def arguments(argv=None):
     add("--accumulate", type=cli.whole(1, 4096), default=1, metavar="N",
         help="compute a batch in N parts, to save memory")  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
-    add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam is the paper's; it wants ten times the steps")
+    add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
     add("--lr", type=cli.number(1e-30, 100), help="step per number; by default "
         + ", ".join(f"{kind.LR:g} for {name}" for name, kind in OPTIMIZERS.items()))  # fmt: skip
     add("--no-early-stop", action="store_true",
         help="take all steps; by default adam ends when its evaluation loss is flat")  # fmt: skip
     add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
-        help="the part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
+        help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
     add("--seed", type=cli.SEED, default=0, help="of everything random")
     cli.model_flags(parser)
 
@@ -160,8 +160,8 @@ def check_prompts(model, concept, prompts):
         if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
             n = len(concept.ids)
             raise ValueError(
-                f"the prompt {prompt!r} has no room for the {n} vectors of the word among its {places} tokens, "
-                "or the word does not stand alone in it; take fewer --vectors or other --templates"
+                f"the prompt {prompt!r} has no room for the {n} vectors of the word, or the word does not "
+                "stand alone in it; take fewer --vectors or other --templates"
             )
 
 
@@ -312,11 +312,12 @@ class Run:
         if repr(before) != repr(self.settings):
             pairs = [(name, repr(before.get(name)), repr(value)) for name, value in self.settings.items()]
             other = "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b)
-            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other or list(before)}")
+            other = other or f"it has {len(before)} of them"
+            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
         try:
             self.word.load_state_dict(state["word"])
             steps = [step for step in PREVIEW_STEPS if step <= self.word.step]
-            if fault := find_fault(state["previews"], dict.fromkeys(steps, state["word"]["start"]), "previews"):
+            if fault := find_fault(state["previews"], dict.fromkeys(steps, state["word"]["start"]), "rows"):
                 raise ValueError(fault)
         except ValueError as error:
             raise ValueError(f"--resume: {file} is damaged ({error}); start again with --force") from None

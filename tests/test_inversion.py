@@ -156,7 +156,11 @@ def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for place in ("tinyti.whitened.F.normalize", "tinyti.inversion.evaluate", "tinyti.inversion.Inversion.show"):
+    for place in (
+        "tinyti.whitened.F.normalize",
+        "tinyti.inversion.evaluate",
+        "tinyti.inversion.Inversion.show",
+    ):
         word = begin(model)
         with pytest.raises(KeyboardInterrupt):
             for _ in invert(model, word, examples, steps=EVALUATE_EVERY, batch_size=3):
@@ -232,9 +236,15 @@ def test_a_state_that_is_not_whole_is_refused_and_changes_nothing(model, example
     bad = [None, [], {}, {"step": 2}, good | {"more": 1}]
     bad += [{k: v for k, v in good.items() if k != name} for name in good]
     for name in good:
-        bad += [good | {name: value} for value in (None, "text", -1, math.nan, torch.ones(2), [math.nan], [[]])]
+        bad += [
+            good | {name: value} for value in (None, "text", -1, math.nan, torch.ones(2), [math.nan], [[]])
+        ]
     for name, value in good["optimizer"].items():
-        wrong = [value.double(), value * math.nan, value[..., :-1], value.to_sparse()] if name != "steps" else ["2"]
+        wrong = (
+            [value.double(), value * math.nan, value[..., :-1], value.to_sparse()]
+            if name != "steps"
+            else ["2"]
+        )
         bad += [good | {"optimizer": good["optimizer"] | {name: x}} for x in wrong]
     for state in bad:
         with pytest.raises(ValueError):

@@ -43,7 +43,9 @@ def test_a_picture_depends_on_its_seed_alone(word, tmp_path):
     flags = ("S* at night", "--words", word, "--steps", "3")
     draw(*flags, "--count", "3", "--out", tmp_path / "three")
     draw(*flags, "--count", "1", "--seed", "2", "--out", tmp_path / "one")
-    a, b = (Image.open(tmp_path / f / "01-S-at-night-2.png").convert("RGB").tobytes() for f in ("three", "one"))
+    a, b = (
+        Image.open(tmp_path / f / "01-S-at-night-2.png").convert("RGB").tobytes() for f in ("three", "one")
+    )
     assert max(abs(x - y) for x, y in zip(a, b)) <= 1  # rounding in kernels for other batch sizes
 
 
@@ -77,8 +79,13 @@ def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
         ("S* and <my-dog>", "<my-dog>"), ("S* and D*", "D*"), ("S* with a newspaper", "newspaper"),
         ("S* and " + "a cat " * 40, "do not fit"), ("a photo of S* on the beach", None),
     ]):  # fmt: skip
-        assert draw(prompt, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path / str(number)) == 0
-        notes = [line for line in capsys.readouterr().err.splitlines() if "note:" in line or "do not fit" in line]
+        assert (
+            draw(prompt, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path / str(number))
+            == 0
+        )
+        notes = [
+            line for line in capsys.readouterr().err.splitlines() if "note:" in line or "do not fit" in line
+        ]
         assert len(notes) == (note is not None) and all(note in line for line in notes)
 
 
@@ -87,10 +94,10 @@ def test_sample_refuses(word, tmp_path, capsys):
     embeddings.write(wide, {"W*": torch.randn(1, 768)})
     for arguments, message in [
         (["a cat", "--words", word], "no learned word"), (["W*", "--words", wide], "768"),
-        (["a cat " * 40 + "S*", "--words", word], "behind the 75 tokens"), (["S*", "--words", "no/such"], "no/such"),
-        (["S*", "--words", word, "--size", "30"], "30"), (["S*", "--words", word, "--steps", "2000"], "2000"),
-        (["S*", "--words", word, "--count", "0"], "--count"), (["S*", "--words", word, word], "registered already"),
-        (["S*", "--words", word, "--guidance", "nan"], "--guidance"), (["S*", "--guidance", "1e30"], "--guidance"),
+        (["a cat " * 40 + "S*", "--words", word], "behind"), (["S*", "--words", "no/such"], "no/such"),
+        (["S*", "--words", word, "--size", "30"], "30"), (["S*", "--steps", "2000"], "2000"),
+        (["S*", "--count", "0"], "--count"), (["S*", "--words", word, word], "registered already"),
+        (["S*", "--guidance", "nan"], "--guidance"), (["S*", "--guidance", "1e30"], "--guidance"),
         (["", "--words", word], "PROMPT"), (["S*", "--words", f"={word}"], "empty"),
     ]:  # fmt: skip
         size = [] if "--size" in arguments else ["--size", "16"]

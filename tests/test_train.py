@@ -109,10 +109,16 @@ def test_an_interrupt_keeps_the_word(tmp_path):
 @pytest.mark.parametrize("program", ["train", "sample"])
 def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
     flags = [*CAT, "--out", tmp_path / "out"] if program == "train" else ["a cat", "--out", tmp_path / "out"]
-    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    )
     process = start(f"{program}.py", *flags, PYTHONPATH=str(tmp_path))
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == f"{program}.py: interrupted\n" and not (tmp_path / "out").exists()
+    assert (
+        process.returncode == 130
+        and err == f"{program}.py: interrupted\n"
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize("place, saved", [
@@ -155,7 +161,10 @@ def test_a_rank_alone_is_no_distributed_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("optimizer", ["whitened", "adam"])
 def test_a_run_that_learns_nothing_says_so(optimizer, tmp_path, capsys):
-    assert train(*CAT, "--out", tmp_path / "S", *FEW, "--init", "cat", "--lr", "1e-30", "--optimizer", optimizer) == 1
+    assert (
+        train(*CAT, "--out", tmp_path / "S", *FEW, "--init", "cat", "--lr", "1e-30", "--optimizer", optimizer)
+        == 1
+    )
     assert "learned nothing" in capsys.readouterr().err
 
 
@@ -231,8 +240,8 @@ def test_a_terminal_of_few_characters(tmp_path):
     assert process.returncode in (0, 1) and "use it" in out, err
 
 
-NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "*", "S*", "<my-cat>", "猫", "name",
-         "learned_embeds", "IN01", "emp_params_out", "a/b", "..", "<embed>", "format", "0", "é"]  # fmt: skip
+NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "emp_params_out", "*", "S*", "0",
+         "é", "<my-cat>", "猫", "name", "format", "learned_embeds", "IN01", "a/b", "..", "<embed>"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -263,13 +272,13 @@ def cli_tokens(text):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
-    (["--token", "two words"], "white space"), (["--token", ""], "--token"), (["--token", "x" * 65], "65 char"),
-    (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/weights"], "no/weights"),
+    (["--token", "two words"], "white space"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
+    (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
     (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
     (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
     (["--size", "30"], "30"), (["--seed", str(2**63)], "--seed"), (["--out", ""], "--out"),
     (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--device", "tpu"], "tpu"),
-    (["--device", "cpu:x"], "cpu:x"), (["--device", "cpu", "--precision", "fp16"], "fp16"), (["--resume"], "no state.pt"),
+    (["--device", "cpu:x"], "cpu:x"), (["--precision", "fp16"], "fp16"), (["--resume"], "no state.pt"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
     before = set((CONCEPTS / "cat").iterdir())
@@ -297,7 +306,7 @@ def test_a_word_is_never_overwritten_by_accident(word, capsys):
     before = contents(word, [*VIEWS, "state.pt"])
     for flags, message in [
         ([], "--force"), (["--resume", "--lr", "1e-3"], "lr was None and is 0.001"),
-        (["--resume", "--vectors", "2"], "vectors was 1 and is 2"), (["--resume", "--init", "dog"], "init was None"),
+        (["--resume", "--vectors", "2"], "vectors was 1 and is 2"), (["--resume", "--init", "dog"], "init was"),
     ]:  # fmt: skip
         assert train(*CAT, "--out", word, *FEW, *flags) == 2
         assert message in last_line(capsys)

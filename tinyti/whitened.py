@@ -16,7 +16,7 @@ FLOOR = 1e-3  # of the largest eigenvalue: how much the directions that no gradi
 class Whitened:
     """Steps of one length along the momentum, whitened by the full second moment of the gradients.
 
-    Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, where M, D × D, is the
+    Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, M (D, D) being the
     sum of all g gᵀ so far.  A network has too many parameters for that; a vector has 128 … 1280.  M^(-1/2)
     makes the gradients' noise alike in all directions, so that a step follows what the samples agree on, also
     where they differ most.  For each vector v of the word, with g_b the gradient of sample b:
@@ -24,11 +24,11 @@ class Whitened:
         M <- M + mean_b g_b g_bᵀ        m <- 0.9 m + 0.1 mean_b g_b
         d  = M^(-1/2) m                 v <- v - lr √D d / ‖d‖
 
-    Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised, so that
-    its root mean square is `lr` per number; M as a sum or as a mean, m with or without Adam's correction for
-    its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most B
-    after the first step.  `cap` is the longest that a vector may become: without it vectors grow step by step,
-    and the longer they are, the less do the other words of a prompt count.
+    Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised, so
+    that its root mean square is `lr` per number; M as a sum or a mean, m with or without Adam's correction
+    for its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most
+    B after the first step.  `cap` is the longest that a vector may become: without it vectors grow with each
+    step, and the longer they are, the less do the other words of a prompt count.
     """
 
     LR = 1e-2
