@@ -58,7 +58,7 @@ class LatentDiffusion:
         embeds = self.text.embed(ids)
         for concept in self.concepts.values():
             embeds = concept.insert(embeds, ids)
-        return self.text(embeds, ids)
+        return self.text(embeds)
 
     def encode_images(self, images, generator=None):
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, scaled to unit variance."""
