@@ -165,8 +165,8 @@ class UNet(nn.Module):
         if not torch.is_tensor(t):  # filled in on the device: a copy from the host would wait for it
             t = torch.full((), t, device=x_t.device)
         t = t.to(x_t.device).expand(len(x_t))                               # (B,)
-        temb = timestep_embedding(t, self.conv_in.out_channels).to(x_t.dtype) # (B, c)
-        temb = self.time_embedding["linear_1"](temb)                        # (B, 4c)
+        temb = timestep_embedding(t, self.conv_in.out_channels)             # (B, c)
+        temb = self.time_embedding["linear_1"](temb.to(x_t.dtype))          # (B, 4c)
         temb = self.time_embedding["linear_2"](F.silu(temb))                # (B, 4c)
 
         x = self.conv_in(x_t)                                               # (B, c, H, W)
