@@ -179,6 +179,11 @@ class Preprocessing:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     resample: int = Image.Resampling.BICUBIC
 
+    def __post_init__(self):
+        if not (0 < self.crop <= self.resize and len(self.mean) == len(self.std) == 3):
+            raise ValueError(f"expected a crop within the size, and three means and deviations, got {self}")
+        Image.Resampling(self.resample)  # ValueError for other numbers
+
     def __call__(self, pictures: list[Image.Image]) -> Tensor:
         """PIL pictures of any size -> (B, 3, crop, crop) in fp32."""
         return torch.stack([self._to_tensor(picture.convert("RGB")) for picture in pictures])
@@ -201,7 +206,10 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, preprocess: Preprocessing | None = None):
         super().__init__()
         self.config = config
-        self.preprocess = preprocess or Preprocessing()
+        size = config.vision_config.image_size
+        self.preprocess = preprocess or Preprocessing(size, size)
+        if self.preprocess.crop != size:
+            raise ValueError(f"a crop of {self.preprocess.crop} pixels, but the image tower takes {size}")
         self.text_model = CLIPText(config.text_config)
         self.vision_model = CLIPVision(config.vision_config)
         text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
