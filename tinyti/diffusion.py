@@ -61,7 +61,7 @@ class Schedule:
         """
         for name in ("trained_betas", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
             if config.get(name) not in (False, None):
-                raise ValueError(f"{name} is {config[name]!r:.100}; supported is only to leave it out")
+                raise ValueError(f"{name} is {config[name]!r:.100}, which is not supported")
         return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
 
     def _at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:

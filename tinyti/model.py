@@ -152,7 +152,7 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
         raise ValueError(f"--device is {device!r}; there are auto, cuda, mps and cpu, and cuda:1 and so on")
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         name, index = f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"]
-    if not there[kind] or int(index or 0) >= max(1, torch.cuda.device_count() if kind == "cuda" else 1):
+    if not there[kind] or int(index or 0) >= (torch.cuda.device_count() if kind == "cuda" else 1):
         raise ValueError(f"--device {name}: PyTorch finds none on this machine; take --device cpu")
     if kind == "cuda":
         torch.cuda.set_device(name)
