@@ -404,86 +404,39 @@ def test_vocabulary_of_a_single_file(sd1, sd2, tmp_path):
 
 WIDTHS, VAE_WIDTHS = [320, 640, 1280, 1280], [128, 256, 512, 512]
 UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "block_out_channels": WIDTHS,
-    "center_input_sample": False,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": WIDTHS,
+    "center_input_sample": False, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
+    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "out_channels": 4, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
 SD2_UNET = UNET | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "sample_size": 96,
-    "upcast_attention": True,
+    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+    "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96, "upcast_attention": True,
     "use_linear_projection": True,
-}
+}  # fmt: skip
 VAE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": VAE_WIDTHS,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": VAE_WIDTHS,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
+    "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
+}  # fmt: skip
 CLIP_TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "bos_token_id": 0,
-    "dropout": 0.0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
+    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
+    "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
+}  # fmt: skip
 OPENCLIP = CLIP_TEXT | {
-    "hidden_act": "gelu",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "projection_dim": 512,
-}
+    "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 23, "projection_dim": 512,
+}  # fmt: skip
 BERT = {
-    "activation_function": "gelu",
-    "architectures": ["LDMBertModel"],
-    "d_model": 1280,
-    "dropout": 0.1,
-    "encoder_attention_heads": 8,
-    "encoder_ffn_dim": 5120,
-    "encoder_layers": 32,
-    "head_dim": 64,
-    "max_position_embeddings": 77,
-    "model_type": "ldmbert",
-    "num_hidden_layers": 32,
-    "pad_token_id": 0,
-    "scale_embedding": False,
-    "vocab_size": 30522,
-}
+    "activation_function": "gelu", "architectures": ["LDMBertModel"], "d_model": 1280, "dropout": 0.1,
+    "encoder_attention_heads": 8, "encoder_ffn_dim": 5120, "encoder_layers": 32, "head_dim": 64,
+    "max_position_embeddings": 77, "model_type": "ldmbert", "num_hidden_layers": 32, "pad_token_id": 0,
+    "scale_embedding": False, "vocab_size": 30522,
+}  # fmt: skip
 
 
 def theirs_on_meta(kind, raw):
@@ -537,36 +490,19 @@ def test_names_and_shapes_of_the_published_weights(name):
 # FIXED refuses, say what the weights' names say, or are about precision and memory.
 HARMLESS = {
     UNetConfig: {
-        "addition_embed_type_num_heads",
-        "addition_time_embed_dim",
-        "class_embeddings_concat",
-        "dropout",
-        "projection_class_embeddings_input_dim",
-        "reverse_transformer_layers_per_block",
-        "upcast_attention",
+        "addition_embed_type_num_heads", "addition_time_embed_dim", "class_embeddings_concat", "dropout",
+        "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block", "upcast_attention",
     },
     VAEConfig: {"down_block_types", "up_block_types", "force_upcast", "sample_size"},
     TextConfig: {
-        "attention_dropout",
-        "bos_token_id",
-        "initializer_factor",
-        "initializer_range",
-        "pad_token_id",
+        "attention_dropout", "bos_token_id", "initializer_factor", "initializer_range", "pad_token_id",
         "projection_dim",
     },
     LDMBertConfig: {
-        "activation_dropout",
-        "attention_dropout",
-        "classifier_dropout",
-        "dropout",
-        "encoder_layerdrop",
-        "init_std",
-        "num_hidden_layers",
-        "pad_token_id",
-        "scale_embedding",
-        "use_cache",
+        "activation_dropout", "attention_dropout", "classifier_dropout", "dropout", "encoder_layerdrop",
+        "init_std", "num_hidden_layers", "pad_token_id", "scale_embedding", "use_cache",
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HARMLESS, ids=lambda kind: kind.__name__)
@@ -1000,7 +936,7 @@ NONSENSE = {
              "down_block_types": ["abc", [1, 2, 3], ["DownBlock2D"]], "cross_attention_dim": [[128], 10**19]},
     "vae": {"block_out_channels": ["abc", [], [7], [[]]], "layers_per_block": [-1, 10**9],
             "scaling_factor": [0, "x"], "norm_num_groups": [0, 13], "latent_channels": ["4", 10**6]},
-    "text_encoder": {"num_attention_heads": [5, 0, "8"], "num_hidden_layers": [10**12], "vocab_size": [10**30],
+    "text_encoder": {"num_attention_heads": [5, 0, "8"], "num_hidden_layers": [10**12], "vocab_size": [-1],
                      "hidden_size": [None, 1, "x"], "layer_norm_eps": [float("nan"), float("inf")],
                      "max_position_embeddings": [5, [77]], "hidden_act": [["gelu"], 5]},
     "scheduler": {"beta_end": [5, "0.1", [0.1], -1], "num_train_timesteps": [0, "x", 10**30, 1.5],

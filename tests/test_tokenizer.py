@@ -42,18 +42,8 @@ BLOCKS = [
     range(0x4E00, 0x4F00), range(0x1F300, 0x1F700), range(0xD800), range(0xE000, 0x110000),
 ]  # fmt: skip
 FRAGMENTS = [
-    "cat",
-    " a photo ",
-    "'s",
-    "'LL",
-    "!",
-    "<|endoftext|>",
-    "<|EndOfText|>",
-    "[SEP]",
-    "##s",
-    "\u200d",
-    "  ",
-]
+    "cat", " a photo ", "'s", "'LL", "!", "<|endoftext|>", "<|EndOfText|>", "[SEP]", "##s", "\u200d", "  ",
+]  # fmt: skip
 
 
 def random_texts(count, seed):
