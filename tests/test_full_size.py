@@ -49,7 +49,7 @@ def random_network(kind, raw):
 
 
 def ours(kind, raw, theirs):
-    config = checkpoint._config(kind, raw, "config.json")
+    config = checkpoint.read_config(kind, raw, "config.json")
     return checkpoint.build(
         config, {k.removeprefix("text_model."): w for k, w in theirs.state_dict().items()}
     )

@@ -240,8 +240,8 @@ def test_a_terminal_of_few_characters(tmp_path):
     assert process.returncode in (0, 1) and "use it" in out, err
 
 
-NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "emp_params_out", "*", "S*", "0",
-         "é", "<my-cat>", "猫", "name", "format", "learned_embeds", "IN01", "a/b", "..", "<embed>"]  # fmt: skip
+NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "emp_params_out", "*", "S*",
+         "0", "é", "<my-cat>", "猫", "name", "format", "learned_embeds", "IN01", "a/b", "..", "<embed>"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,7 +272,7 @@ def cli_tokens(text):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
-    (["--token", "two words"], "white space"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
+    (["--token", "two words"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
     (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
     (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
     (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
@@ -306,7 +306,7 @@ def test_a_word_is_never_overwritten_by_accident(word, capsys):
     before = contents(word, [*VIEWS, "state.pt"])
     for flags, message in [
         ([], "--force"), (["--resume", "--lr", "1e-3"], "lr was None and is 0.001"),
-        (["--resume", "--vectors", "2"], "vectors was 1 and is 2"), (["--resume", "--init", "dog"], "init was"),
+        (["--resume", "--vectors", "2"], "vectors was 1"), (["--resume", "--init", "dog"], "init was"),
     ]:  # fmt: skip
         assert train(*CAT, "--out", word, *FEW, *flags) == 2
         assert message in last_line(capsys)

@@ -79,15 +79,6 @@ def path(given: str) -> str:
     return given
 
 
-def device(given: str) -> str:
-    """The type of an argument: a device by PyTorch's name, or "auto"."""
-    try:
-        torch.device("cpu" if given == "auto" else given)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{given[:40]!r} is none of auto, cuda, mps and cpu") from None
-    return given
-
-
 SEED = whole(0, 2**32 - 1)
 
 
@@ -98,7 +89,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         help="model folder or single file, see weights/README.md")  # fmt: skip
     add("--tokenizer", type=path, metavar="FOLDER", help="for a single file that has none beside it")
     add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
-    add("--device", type=device, default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     add("--precision", choices=("fp32", "bf16", "fp16"),
         help="of the networks; by default bf16 on GPUs that have it, else fp32")  # fmt: skip
 
@@ -106,11 +97,6 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
     """The model that the flags name, on its device."""
     device, dtype = pick_device(args.device, args.precision)
-    if device.startswith("cuda:"):
-        index, count = torch.device(device).index, torch.cuda.device_count()
-        if index >= count:
-            raise ValueError(f"--device {device}: PyTorch finds {count} GPUs, cuda:0 to cuda:{count - 1}")
-        torch.cuda.set_device(device)
     return load(args.weights, device, dtype, args.prediction, args.tokenizer)
 
 

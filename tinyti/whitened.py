@@ -25,8 +25,8 @@ class Whitened:
         d  = M^(-1/2) m                 v <- v - lr √D d / ‖d‖
 
     Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised, so
-    that its root mean square is `lr` per number; M as a sum or a mean, m with or without Adam's correction
-    for its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most
+    that its root mean square is `lr` per number; M as a sum or a mean, m with or without a correction for
+    its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most
     B after the first step.  `cap` is the longest that a vector may become: without it vectors grow with each
     step, and the longer they are, the less do the other words of a prompt count.
     """
