@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import tinyti
+import train
 from tinyti import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,20 +35,27 @@ def relative_error(reference, result):
     return ((reference - result).abs().max() / reference.abs().max()).item()
 
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """The miniature, loaded once for all runs of the two programs in this process, without learned words."""
-    real = cli.load_model
+@pytest.fixture(scope="module")
+def loaded():
+    """Runs of the two programs in this process take a miniature that is loaded once, and draw no previews."""
+    load_model = cli.load_model
 
-    def load_model(args):
+    def load_once(args):
         if args.weights != str(TINY) or args.precision or args.device not in ("auto", "cpu"):
-            return real(args)
+            return load_model(args)
         model = _tiny()
         model.tokenizer.words.clear()
         model.concepts.clear()
         return model
 
-    monkeypatch.setattr(cli, "load_model", load_model)
+    def pictures(run, vectors, prompts):  # that tell vectors apart
+        level = int(vectors.abs().sum().item() * 1e4) % 256
+        return [Image.new("RGB", (16, 16), (level, i, 0)) for i in range(len(prompts))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load_model", load_once)
+        patch.setattr(train.Run, "pictures", pictures)
+        yield
 
 
 @functools.cache

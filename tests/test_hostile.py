@@ -12,7 +12,6 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
 import sample as sample_py
 import train as train_py
@@ -133,19 +132,11 @@ def test_sample_refuses_prompts(prompt, tmp_path, capsys):
 # A run's files
 
 
-def cheap(run, vectors, prompts):
-    """In the place of Run.pictures: pictures that tell vectors apart, without drawing."""
-    level = int(vectors.abs().sum().item() * 1e4) % 256
-    return [Image.new("RGB", (16, 16), (level, i, 0)) for i in range(len(prompts))]
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(loaded, tmp_path_factory):
     """The folder of an unbroken run of three steps."""
     folder = tmp_path_factory.mktemp("run") / "S"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_py.Run, "pictures", cheap)
-        train_py.main([*CAT, "--steps", "3", "--save-every", "2", "--out", str(folder)])
+    train_py.main([*CAT, "--steps", "3", "--save-every", "2", "--out", str(folder)])
     return folder
 
 
@@ -282,7 +273,6 @@ def deaths(monkeypatch, folder, crashes, flags):
 
 
 def test_killed_at_every_rename_it_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_py.Run, "pictures", cheap)
     flags = [*CAT, "--steps", "3", "--save-every", "2"]
     (tmp_path / "crashes").mkdir()
     crashes = deaths(monkeypatch, tmp_path / "S", tmp_path / "crashes", flags)
@@ -299,7 +289,6 @@ def test_killed_at_every_rename_it_goes_on_to_the_same_bytes(finished, tmp_path,
 def test_killed_at_every_rename_over_an_old_word_one_of_the_two_is_whole(
     finished, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_py.Run, "pictures", cheap)
     flags = [*CAT, "--steps", "3", "--save-every", "2"]
     old = [*flags, "--seed", "1"]
     train_py.main([*old, "--out", str(tmp_path / "S")])
@@ -356,9 +345,8 @@ def test_killed_at_random_moments(finished, tmp_path):
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root"
 )
-def test_full_disks(tmp_path, capsys, monkeypatch):
+def test_full_disks(tmp_path, capsys):
     """A disk of every size from nothing to enough: status 2 and one line, or a whole run."""
-    monkeypatch.setattr(train_py.Run, "pictures", cheap)
     for kib in range(4, 400, 16):
         disk = tmp_path / str(kib)
         disk.mkdir()

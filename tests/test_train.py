@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("loaded")
 
 CAT = ["--images", str(CONCEPTS / "cat"), "--token", "S*"]
 FEW = ["--steps", "6", "--batch-size", "2", "--size", "16", "--save-every", "2", "--device", "cpu"]
+PICTURES = train_py.Run.pictures  # before "loaded" takes its place
 VIEWS = ("learned_embeds.safetensors", "log.csv", "progress.png", "settings.json")
 
 
@@ -53,7 +55,7 @@ def last_line(capsys):
 
 
 @pytest.fixture(scope="module")
-def word(tmp_path_factory):
+def word(loaded, tmp_path_factory):
     """The folder of a word learned in a few steps."""
     folder = tmp_path_factory.mktemp("words") / "S"
     train(*CAT, "--out", folder, *FEW)
@@ -71,6 +73,13 @@ def test_what_a_run_leaves(word):
     settings = json.loads((word / "settings.json").read_text())
     assert settings["optimizer"] == "whitened" and settings["token"] == "S*" and settings["init"] is None
     assert Image.open(word / "progress.png").width > 500
+
+
+def test_progress_shows_the_pictures_the_path_and_the_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_py.Run, "pictures", PICTURES)
+    train(*CAT, "--out", tmp_path, *FEW, "--steps", "2", "--lr", "0.1")
+    rows = np.asarray(Image.open(tmp_path / "progress.png").convert("RGB")).astype(int)[: 3 * 132].reshape(3, 132, -1)
+    assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[1] - rows[2]).mean() > 0.1
 
 
 def test_the_result_is_the_same_to_the_byte_when_resumed(word, tmp_path):
@@ -272,7 +281,7 @@ def cli_tokens(text):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
-    (["--token", "two words"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
+    (["--token", "a b"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
     (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
     (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
     (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
