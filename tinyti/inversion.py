@@ -24,7 +24,7 @@ STEPS, BATCH_SIZE = 50, 8
 OPTIMIZERS = {"whitened": Whitened, "adam": Adam}
 AVERAGE = 50  # steps that the word is an average over
 EVALUATE_EVERY = 5  # steps
-EVALUATIONS = 16  # samples in the fixed batch that a word is judged by
+EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
 CAP = 4.5  # the longest that whitened steps make a vector, in median lengths of the vocabulary's rows
 # The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
 # plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
