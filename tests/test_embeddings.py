@@ -152,11 +152,6 @@ def test_files_without_names_go_by_their_own(tmp_path, keys, suffix):
     expect(embeddings.read(path), "my.cat", vectors(2))
 
 
-def test_hcp_file(tmp_path):
-    torch.save({"string_to_param": {"*": nn.Parameter(vectors())}, "name": "pt-cat"}, tmp_path / "pt-cat.pt")
-    expect(embeddings.read(tmp_path / "pt-cat.pt"), "pt-cat", vectors())
-
-
 def test_cloneofsimo_file_without_its_lora_weights(tmp_path):
     words = {f"<s{i}>": vectors(1, seed=i)[0] for i in (3, 1, 5, 2, 4)}
     marks = {"unet": "{}", **dict.fromkeys(sorted(words), "<embed>")}
@@ -166,8 +161,9 @@ def test_cloneofsimo_file_without_its_lora_weights(tmp_path):
     assert all(torch.equal(got[word], words[word][None]) for word in words)
 
 
-def test_bare_tensor_is_named_by_the_file(tmp_path):
-    torch.save(vectors(), tmp_path / "cat.pt")
+@pytest.mark.parametrize("contents", [{"string_to_param": {"*": nn.Parameter(vectors())}}, vectors()])
+def test_hcp_file_and_bare_tensor(tmp_path, contents):
+    torch.save(contents, tmp_path / "cat.pt")
     expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors())
 
 
@@ -243,7 +239,7 @@ class Rebuilt:
     """Pickles as a tensor of one row's storage, of any size and strides."""
 
     def __init__(self, *size_and_strides):
-        storage = torch.storage.TypedStorage(wrap_storage=vectors(1).untyped_storage(), dtype=torch.float32)
+        storage = vectors(1)._typed_storage()
         self.arguments = (storage, 0, *size_and_strides, False, {})
 
     def __reduce__(self):
@@ -269,22 +265,16 @@ class Rebuilt:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_refused_pickles(tmp_path, contents, found):
     torch.save(contents, tmp_path / "x.pt")
     refuse(tmp_path / "x.pt", found)
 
 
-def test_one_word_with_the_name_of_a_layer_is_a_word(tmp_path):
-    save_file({"MID": vectors(1)}, tmp_path / "x.safetensors")
-    assert list(embeddings.read(tmp_path / "x.safetensors")) == ["MID"]
-
-
 def test_pair_of_files_for_sdxl(tmp_path):
     save_file({"S*": vectors(1)}, tmp_path / "learned_embeds.safetensors")
     save_file({"S*": vectors(1, 1280)}, tmp_path / "learned_embeds_2.safetensors")
-    for path in (tmp_path, tmp_path / "learned_embeds.safetensors", tmp_path / "learned_embeds_2.safetensors"):
-        refuse(path, "SDXL")
+    for name in ("", "learned_embeds.safetensors", "learned_embeds_2.safetensors"):
+        refuse(tmp_path / name, "SDXL")
 
 
 class Evil:
@@ -313,9 +303,9 @@ def test_code_in_a_pickle_never_runs(tmp_path):
         assert not target.exists()
 
 
-@pytest.mark.parametrize("format, text", [("PNG", None), ("WEBP", None), ("JPEG", None)])
-def test_pictures_that_lost_their_word(tmp_path, format, text):
-    picture(tmp_path / "x.png", text, format)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_pictures_that_lost_their_word(tmp_path, format):
+    picture(tmp_path / "x.png", format=format)
     refuse(tmp_path / "x.png", "a picture without a word's data", "ask for the original")
 
 
@@ -422,10 +412,11 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
             words = embeddings.read(path)
         except ValueError as error:
             refused += 1
-            assert str(error).isprintable() and str(error).startswith(f"{path}: found ") and len(str(error)) < 600
+            message = str(error)
+            assert message.startswith(f"{path}: found ") and message.isprintable() and len(message) < 600
         else:
             assert data not in cut_off
-            assert all(v.ndim == 2 and v.dtype == torch.float32 and v.isfinite().all() for v in words.values())
+            assert all(v.ndim == 2 and v.isfinite().all() for v in words.values())
     assert refused > 50
 
 
@@ -444,7 +435,7 @@ def test_what_is_written_is_read_back(tmp_path, name, n):
 def test_every_name_is_refused_or_read_back(tmp_path):
     lot = random.Random(0)
     letters = [*"aZ09*_<>.-/:{}\"'\\ é猫", "🐱", "\n", "\t", "\0", "\x7f", "\u200b", "\ud800", "\u2028"]
-    names = ["".join(lot.choices(letters, k=lot.randrange(6))) for _ in range(300)]
+    names = ["".join(lot.choices(letters, k=lot.randrange(6))) for _ in range(100)]
     keys = re.findall(r'"(\w+)" in contents', (ROOT / "tinyti" / "embeddings.py").read_text())
     assert len(keys) >= 4
     kept = 0
@@ -460,7 +451,7 @@ def test_every_name_is_refused_or_read_back(tmp_path):
             embeddings.write(tmp_path / "x.safetensors", {name: vectors(1, 8)})
             expect(embeddings.read(tmp_path / "x.safetensors"), name, vectors(1, 8))
             assert name not in keys
-    assert 100 < kept < 300
+    assert 20 < kept < 100
 
 
 def test_automatic1111_allows_what_is_in_a_pt(tmp_path):
@@ -502,17 +493,13 @@ def test_shapes_that_other_programs_read(tmp_path, n):
     assert row_by_row.shape[0] == n and (tensor.shape[0] == n) == (n > 1)
 
 
-def test_a_row_of_a_table_is_written_without_the_table(tmp_path):
-    embeddings.write(tmp_path / "x.pt", {"S*": torch.zeros(5000, 768)[7:8]})
-    assert (tmp_path / "x.pt").stat().st_size < 10_000
-
-
-def test_same_words_give_the_same_bytes(tmp_path, monkeypatch):
-    for suffix in [".safetensors", ".pt"]:
-        embeddings.write(tmp_path / f"a{suffix}", {"S*": vectors(2)})
-        monkeypatch.setattr("time.time", lambda: 2e9)
-        embeddings.write(tmp_path / f"b{suffix}", {"S*": vectors(2)})
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
+    table = torch.cat([vectors(2), torch.zeros(5000, 768)])
+    embeddings.write(tmp_path / f"a{suffix}", {"S*": vectors(2)})
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    embeddings.write(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -526,10 +513,11 @@ def test_same_words_give_the_same_bytes(tmp_path, monkeypatch):
         ("x.safetensors", {"S*": torch.empty(8, device="meta")}, "without its values"),
         ("x.safetensors", {"": vectors(1)}, "'' cannot be the name"),
         ("x.pt", {"emb_params": vectors(1)}, "cannot be the name"),
+        ("none/x.pt", {"S*": vectors(1)}, "No such folder"),
     ],
 )
 def test_refuses_to_write(tmp_path, name, words, found):
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(FileNotFoundError if "folder" in found else ValueError, match=found):
         embeddings.write(tmp_path / name, words)
     assert not list(tmp_path.iterdir())
 
@@ -565,12 +553,7 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No such folder"):
-        embeddings.write(tmp_path / "none" / "x.pt", {"S*": vectors(1)})
-
-
-# what diffusers makes of it
+# what diffusers makes of names with capitals; tests/test_tiny.py has the pictures of the others
 
 
 @pytest.fixture
@@ -580,21 +563,6 @@ def pipeline():
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_diffusers_loads_what_is_written(tmp_path, pipeline, suffix, n):
-    tensor = vectors(n, pipeline.text_encoder.config.hidden_size)
-    embeddings.write(tmp_path / f"x{suffix}", {"<my-cat>": tensor})
-    pipeline.load_textual_inversion(str(tmp_path), weight_name=f"x{suffix}")
-
-    tokens = ["<my-cat>", *(f"<my-cat>_{i}" for i in range(1, n))]
-    prompt = pipeline.maybe_convert_prompt("a <my-cat>", pipeline.tokenizer)
-    assert pipeline.tokenizer.tokenize(prompt) == ["a</w>", *tokens]
-    ids = pipeline.tokenizer.convert_tokens_to_ids(tokens)
-    rows = pipeline.text_encoder.get_input_embeddings().weight[ids]
-    assert_close(rows, tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -689,11 +657,6 @@ def test_command_line_overwrites_only_when_forced(tmp_path, capsys):
     assert "--force" in capsys.readouterr().err and out.read_text() == "mine"
     assert embeddings.main([str(tmp_path / "cat.pt"), str(out), "--force"]) == 0
     assert out.read_bytes() == (tmp_path / "cat.pt").read_bytes()
-
-
-def test_command_line_without_a_file(tmp_path, capsys):
-    assert embeddings.main([str(tmp_path / "none.pt")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_command_line_shows_the_nearest_words_of_a_model(tmp_path, capsys, monkeypatch):
