@@ -32,8 +32,8 @@ MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
 MOST_WIDTH = 8192  # a damaged file can describe a tensor far larger than itself
 MOST_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# keys that tell the format of a file, and so are no names of words
-RESERVED = ("__metadata__", "clip_g", "clip_l", "emb_params", "emp_params", "emp_params_out", "string_to_param")
+# Keys that tell the format of a file, and so are no names of words.
+RESERVED = "__metadata__ clip_g clip_l emb_params emp_params emp_params_out string_to_param".split()
 WORD = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
 
 PNG = b"\x89PNG"
@@ -41,9 +41,9 @@ PICTURES = (PNG, b"RIFF", b"\xff\xd8\xff", b"\xff\x0a", b"\0\0\0\x0cJXL", b"\0\0
 
 # What the readers of pictures, JSON, safetensors and pickles raise for damaged bytes in memory.
 DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError, pickle.UnpicklingError, struct.error, tarfile.TarError, zlib.error,
-    safetensors.SafetensorError, Image.DecompressionBombError,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError,
+    struct.error, tarfile.TarError, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
     kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word that is no key of the file is
-    named after the file, as in AUTOMATIC1111; a UserWarning tells of another name inside.  A pickle never gets
-    to run code.
+    named after the file, as in AUTOMATIC1111; a UserWarning tells of another name inside.  A pickle never
+    gets to run code.
 
     Args:
         path: the file or folder.
