@@ -384,9 +384,7 @@ def test_vocabulary_of_a_single_file(sd1, sd2, tmp_path):
     path = sd1.single(tmp_path / "m.safetensors")
     assert_same(tinyti.load(path), sd1.ours)
     (tmp_path / "tokenizer").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no vocabulary at .*tokenizer, and the weights .*--tokenizer"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary at .*tokenizer, .*--tokenizer"):
         tinyti.load(path)
     assert_same(tinyti.load(path, tokenizer=sd1.tokenizer), sd1.ours)
     with pytest.raises(FileNotFoundError, match=r"no vocabulary at .*nowhere"):
