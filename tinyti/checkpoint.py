@@ -56,12 +56,12 @@ FIXED = {
         **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
         "act_fn": ("silu",), "attention_type": ("default",), "flip_sin_to_cos": (True,), "freq_shift": (0,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",), "resnet_time_scale_shift": ("default",),
-        "time_embedding_type": ("positional",),
+        "time_embedding_type": ("positional",), "out_channels": (4,),
     },
     VAEConfig: {
         **dict.fromkeys(("latents_mean", "latents_std", "shift_factor"), (None,)),
         **dict.fromkeys(("mid_block_add_attention", "use_post_quant_conv", "use_quant_conv"), (True,)),
-        "act_fn": ("silu",),
+        "act_fn": ("silu",), "in_channels": (3,), "latent_channels": (4,), "out_channels": (3,),
     },
     TextConfig: {"model_type": ("clip_text_model", "clip"), "hidden_act": tuple(ACTIVATIONS)},
     VisionConfig: {"model_type": ("clip_vision_model", "clip"), "hidden_act": tuple(ACTIVATIONS)},
@@ -70,8 +70,6 @@ FIXED = {
 
 # Published beside the weights, but no weights of ours: buffers, projections and heads that nothing here uses.
 LEFT_OUT = {
-    UNet: (),
-    VAE: (),
     CLIPText: ("embeddings.position_ids", "text_projection", "logit_scale", "attn_mask"),
     LDMBert: ("to_logits.",),
     CLIP: ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
@@ -155,7 +153,7 @@ def build(config, weights: dict[str, Tensor], path: str | Path = "configuration"
     # On meta: no memory and no random numbers for weights that are replaced at once.
     with describes(path, kind.__name__), torch.device("meta"):
         network = kind(config, **extra)
-    weights = {k: w for k, w in weights.items() if not k.startswith(LEFT_OUT[kind])}
+    weights = {k: w for k, w in weights.items() if not k.startswith(LEFT_OUT.get(kind, ()))}
     ours = {k: tuple(w.shape) for k, w in network.state_dict().items()}
     for key in sorted(ours.keys() | weights.keys()):
         name = f"{path}: {kind.__name__}: {repr(key)[1:-1]:.200}"
@@ -203,7 +201,8 @@ def read_folder(path: Path) -> Checkpoint:
     FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
     """
     index = path / "model_index.json"
-    pipeline = str(read_json(index).get("_class_name")) if index.exists() else ""
+    pipeline = read_json(index).get("_class_name") if index.exists() else ""
+    pipeline = pipeline if isinstance(pipeline, str) else ""
     for mark, family in FOREIGN.items():
         if mark in pipeline:
             raise unsupported(f"{path} is {family} ({pipeline:.100})")
@@ -217,7 +216,9 @@ def read_folder(path: Path) -> Checkpoint:
     for kind, name in zip((UNetConfig, VAEConfig, LDMBertConfig if bert else TextConfig), folders):
         file = path / name / "config.json"
         config = read_config(kind, read_json(file), file)
-        parts.append((config, rename(read_weights(path / name), OLD_NAMES), path / name))
+        weights = read_weights(path / name)
+        with describes(path / name, kind.__name__):
+            parts.append((config, rename(weights, OLD_NAMES), path / name))
     scheduler = path / "scheduler" / "scheduler_config.json"
     return Checkpoint(*parts, read_json(scheduler), scheduler, path / "tokenizer")
 
@@ -225,7 +226,7 @@ def read_folder(path: Path) -> Checkpoint:
 def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]:
     """Read a folder like openai/clip-vit-base-patch32 as published; errors as of `read_folder`."""
     file, preprocessor = path / "config.json", path / "preprocessor_config.json"
-    raw, settings = read_json(file), read_json(preprocessor)
+    raw = read_json(file)
     if not ("text_config" in raw and "vision_config" in raw):
         raise ValueError(f"{file} lacks text_config or vision_config; expected a CLIP with both towers")
     # Configurations from before transformers 4.27 say some things twice; the complete ones end in _dict.
@@ -233,13 +234,11 @@ def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]
     vision = read_config(VisionConfig, raw.get("vision_config_dict") or raw["vision_config"], file)
     config = read_config(CLIPConfig, {"projection_dim": raw.get("projection_dim")}, file)
     config.text_config, config.vision_config = text, vision
+    settings = read_json(preprocessor)
     size, crop = settings.get("size"), settings.get("crop_size")
-    settings |= {
-        "resize": size.get("shortest_edge") if isinstance(size, dict) else size,
-        "crop": crop.get("height") if isinstance(crop, dict) else crop,
-        "mean": settings.get("image_mean"),
-        "std": settings.get("image_std"),
-    }
+    settings["resize"] = size.get("shortest_edge") if isinstance(size, dict) else size
+    settings["crop"] = crop.get("height") if isinstance(crop, dict) else crop
+    settings |= {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
     return config, read_weights(path), read_config(Preprocessing, settings, preprocessor)
 
 
@@ -326,10 +325,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise
     except NONSENSE as error:
         if beside := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code; take "
-                "the .safetensors file of the same model"
-            ) from None
+            found = f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code"
+            raise ValueError(f"{found}; take the .safetensors file of the same model") from None
         raise ValueError(f"{path} is cut off, damaged or no file of weights; download it again") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)

@@ -44,10 +44,9 @@ def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
         vae_config = VAEConfig(block_out_channels=widths(vae, "encoder.down_blocks"))
         configs = unet_config(unet, sd2, size), vae_config, kind
     if sd2 and prediction is None:
-        raise ValueError(
-            f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; give "
-            "prediction= (--prediction): epsilon for the 512-pixel base models, v_prediction for 768"
-        )
+        hint = "epsilon for the 512-pixel base models, v_prediction for 768"
+        raise ValueError(f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
+                         f"give prediction= (--prediction): {hint}")  # fmt: skip
     parts = ((config, weights, path) for config, weights in zip(configs, (unet, vae, text)))
     return Checkpoint(*parts, dict(SCHEDULE), path, path.parent / "tokenizer")
 

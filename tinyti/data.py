@@ -46,15 +46,9 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored.  What else is there is passed over:
     other files, and pictures that are damaged or have more than 12,000 x 9,000 pixels.
 
-    Args:
-        size: the side of the square images, in pixels.
-
-    Returns:
-        The photos, and one line for each thing passed over that says why.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no readable picture, or a caption is not UTF-8 text.
+    `size` is the side of the square images, in pixels.  Returns the photos, and one line for each thing
+    passed over.  FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or
+    a caption that is not UTF-8 text.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -80,12 +74,8 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
 def read_image(file: str | Path, size: int | None = None) -> Image.Image:
     """Read one picture as upright RGB, the first frame if it moves; what is transparent shows white.
 
-    Args:
-        size: a JPEG of more than 24 megapixels may come smaller than it is, yet at least twice this size.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a picture, is damaged, too large, or has 32-bit values.
+    A JPEG of more than 24 megapixels may come smaller than it is, yet at least twice `size` (pixels).
+    FileNotFoundError if there is no such file, ValueError if it is no picture, damaged or has 32-bit values.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
@@ -162,11 +152,7 @@ def grid(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> I
 
 
 def read_caption(picture: str | Path) -> str | None:
-    """The text of `cat.txt` for `cat.jpg`, on one line; None if there is no such file or nothing in it.
-
-    Raises:
-        ValueError: the file is not UTF-8 text.
-    """
+    """The text of `cat.txt` for `cat.jpg`, on one line; None without one, ValueError if it is not UTF-8."""
     file = Path(picture).with_suffix(".txt")
     return " ".join(_read_text(file).split()) or None if file.is_file() else None
 
@@ -199,9 +185,7 @@ STYLE_TEMPLATES = (
 def read_templates(file: str | Path) -> list[str]:
     """Prompt templates from a text file: one per line, `{}` for the word; blank and `#` lines are skipped.
 
-    Raises:
-        OSError: the file is missing or not readable.
-        ValueError: a line without `{}`, which is named, or no template at all.
+    OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
     """
     templates = []
     for number, line in enumerate(_read_text(Path(file)).splitlines(), start=1):

@@ -51,10 +51,9 @@ class LatentDiffusion:
         """
         least = self.vae.factor * 2 ** (len(self.unet.down_blocks) - 1)
         if any(side % self.vae.factor or not least <= side <= LARGEST for side in (height, width)):
-            raise ValueError(
-                f"a size of {height} × {width} pixels: this model takes multiples of {self.vae.factor} from "
-                f"{least} to {LARGEST}, and was trained on {self.size}"
-            )
+            takes = f"multiples of {self.vae.factor} from {least} to {LARGEST}"
+            found = f"a size of {height} × {width} pixels"
+            raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
     def add_word(self, name: str, vectors: Tensor) -> Concept:
         """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
@@ -106,30 +105,24 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     if prediction not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no model at {path}; weights/README.md has the command for each public model, and this "
-            f"one downloads Stable Diffusion 1.5: {checkpoint.DOWNLOAD}"
-        )
+        hint = "weights/README.md has a command for each public model, this one is Stable Diffusion 1.5's"
+        raise FileNotFoundError(f"there is no model at {path}; {hint}: {checkpoint.DOWNLOAD}")
     parts = checkpoint.read_folder(path) if path.is_dir() else compvis.read_file(path, prediction)
     vocabulary = Path(tokenizer or parts.tokenizer)
     if not vocabulary.is_dir():
-        raise FileNotFoundError(
-            f"there is no vocabulary at {vocabulary}, and the weights of {path} carry none; copy the model's "
-            "tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
-        )
+        hint = "copy the model's tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
+        raise FileNotFoundError(f"there is no vocabulary at {vocabulary}, and the weights hold none; {hint}")
     words = Tokenizer.from_folder(vocabulary)
     with checkpoint.describes(parts.scheduler, "noise schedule"):
         settings = {"prediction_type": prediction} if prediction else {}
         schedule = Schedule.from_config(parts.schedule | settings)
     unet, vae, text = (checkpoint.build(*part, device, dtype) for part in (parts.unet, parts.vae, parts.text))
     if words.vocab_size > text.config.vocab_size:
-        raise ValueError(
-            f"{vocabulary} has {words.vocab_size} entries, the encoder {text.config.vocab_size} rows; they "
-            "belong to different models"
-        )
-    if text.table.shape[1] != unet.config.cross_attention_dim:
-        raise ValueError(f"{path}: the text transformer and the UNet have different widths, "
-                         f"{text.table.shape[1]} and {unet.config.cross_attention_dim}")  # fmt: skip
+        rows = f"{words.vocab_size} entries, the encoder {text.config.vocab_size} rows"
+        raise ValueError(f"{vocabulary} has {rows}; they belong to different models")
+    widths = text.table.shape[1], unet.config.cross_attention_dim
+    if widths[0] != widths[1]:
+        raise ValueError(f"{path}: the text transformer's width is {widths[0]}, the UNet reads {widths[1]}")
     return LatentDiffusion(words, text, vae, unet, schedule)
 
 

@@ -170,15 +170,10 @@ def _stands_alone(cells: list[str], start: int, stop: int) -> bool:
 
 def _byte_pair(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Core:
     core = Core(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, end_of_word_suffix="</w>"))
-    core.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    one_space = normalizers.Replace(Regex(r"\s+"), " ")
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), one_space, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     core.decoder = decoders.ByteLevel()  # the vocabulary spells the two bytes of é as Ã©
     return core
 
