@@ -91,7 +91,7 @@ def draw(args):
         rows.append((prompt, pictures))
     bar.close()
     save(grid(rows), Path(args.out) / "grid.png", settings)
-    print(f"{len(rows) * args.count} pictures and grid.png in {os.path.relpath(args.out)}")
+    print(f"{len(rows) * args.count} pictures and grid.png in {cli.shown(args.out)}")
     return 0
 
 

@@ -199,7 +199,7 @@ def report(args, model, word, examples, run):
         print("nearest words:", ", ".join(f"{tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest))
         prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
         weights = ["--weights", args.weights] if Path(args.weights).resolve() != cli.TINY else []
-        print("use it:", cli.command("sample.py", prompt, "--words", os.path.relpath(run.folder), *weights))
+        print("use it:", cli.command("sample.py", prompt, "--words", cli.shown(run.folder), *weights))
     return 1 if problem else 0
 
 
@@ -274,7 +274,7 @@ class Run:
             lines = csv.writer(text := io.StringIO())
             lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
             evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
-            for step, (loss, gradient, norm) in enumerate(self.word.state_dict()["log"].tolist(), 1):
+            for step, (loss, gradient, norm) in enumerate(torch.stack(self.word.log).tolist(), 1):
                 lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
             file.write(text.getvalue().encode())
         if not draw:

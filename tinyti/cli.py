@@ -112,6 +112,12 @@ def command(program: str, *words: str | Path) -> str:
     return shlex.join(["python", program, *map(str, words)])
 
 
+def shown(path: str | Path) -> Path:
+    """A path as the user would write it here."""
+    path, here = Path(path).resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes and speaks: all but one of torchrun's do not."""
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
