@@ -122,8 +122,7 @@ def train(args):
     check_prompts(model, concept, examples.prompts)
     word = Inversion(model, concept, args.optimizer, args.lr)
     run = Run(args, model, word, photos) if cli.is_main_process() else None
-    bar = tqdm(total=args.steps, initial=word.step, unit="step", disable=not run)
-    with run or nullcontext(), bar:
+    with run or nullcontext(), tqdm(total=args.steps, initial=word.step, unit="step", disable=not run) as bar:
         if dist.is_initialized():
             state = [word.state_dict()]
             dist.broadcast_object_list(state)

@@ -29,6 +29,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        for flag in (argument[:-3] for argument in args if argument.endswith("=--")):
+            self.error(f"argument {flag}: '--' is no value")  # argparse would take it for none at all
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         raise ValueError(message)
 
