@@ -153,7 +153,7 @@ def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
     """Ctrl-C inside of the optimizer, before the evaluation, and between the step and what shows it."""
     straight = learn(model, examples, steps=EVALUATE_EVERY + 1)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     for place in (
