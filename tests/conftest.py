@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import tinyti
-import train
 from tinyti import cli
+from tinyti.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
@@ -54,7 +54,7 @@ def loaded():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "load_model", load_once)
-        patch.setattr(train.Run, "pictures", pictures)
+        patch.setattr(Run, "pictures", pictures)
         yield
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "inversion": {"model", *ALONE - {"layers"}},
     "editing": {"model", *ALONE - {"layers"}},
     "metrics": {"model", "clip", "tokenizer"},
+    "run": {"cli", "inversion", "model", *ALONE - {"layers"}},
     "cli": {"model", "inversion", "editing", "metrics", *ALONE - {"layers"}},
 }
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}

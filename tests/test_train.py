@@ -133,7 +133,7 @@ def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
 
 @pytest.mark.parametrize("place, saved", [
     ("train.read_folder", False), ("train.make_examples", False), ("tinyti.whitened.Whitened.step", False),
-    ("tinyti.inversion.converged", False), ("train.diagnose", True), ("train.grid", True),
+    ("tinyti.inversion.converged", False), ("train.diagnose", True), ("tinyti.run.grid", True),
 ])  # fmt: skip
 def test_an_interrupt_at_any_place_is_one_line(place, saved, word, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
