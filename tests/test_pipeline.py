@@ -147,22 +147,22 @@ def test_sizes(pipelines):
 
 
 def test_bf16_with_its_state_in_fp32_is_nearer_to_fp32():
-    """DDIM-50 of the bundled model: the networks' rounding alone, not that of 50 sums as well."""
+    """DDIM-50 of the bundled model: 45.1 dB, where a state in bf16, rounded 50 times, has 36.1."""
     exact, rounded = tinyti.load(TINY), tinyti.load(TINY, dtype=torch.bfloat16)
     x_T = randn((4, 4, 16, 16), torch.Generator().manual_seed(0))
-    *_, wanted = tinyti.sample(exact, ["a photo of a cat"] * 4, x_T=x_T)
-    *_, kept = tinyti.sample(rounded, ["a photo of a cat"] * 4, x_T=x_T)
+    *_, wanted = tinyti.sample(exact, ["a photo of a cat"] * 4, guidance=3.0, x_T=x_T)
+    *_, kept = tinyti.sample(rounded, ["a photo of a cat"] * 4, guidance=3.0, x_T=x_T)
     context = rounded.encode_prompts([""] * 4 + ["a photo of a cat"] * 4)
 
     @torch.no_grad()
     def predict(x, t):
         without, with_prompt = rounded.unet(torch.cat([x, x]), t, context).chunk(2)
-        return without + 7.5 * (with_prompt - without)
+        return without + 3 * (with_prompt - without)
 
     *_, coarse = denoise(predict, x_T.bfloat16(), rounded.schedule)
     wanted, kept, coarse = (exact.decode(x.float()) for x in (wanted, kept, coarse))
     psnr = [-10 * ((x - wanted) / 2).square().mean().log10().item() for x in (kept, coarse)]
-    assert kept.dtype == torch.float32 and psnr[0] > psnr[1] + 3, psnr
+    assert kept.dtype == torch.float32 and psnr[0] > psnr[1] + 5, psnr
 
 
 def test_device_and_precision(monkeypatch):

@@ -307,7 +307,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
             if (folder / (stem + ending)).is_file():
                 return load_tensors(folder / (stem + ending))
-    raise FileNotFoundError(f"{folder} has no weights: *model.safetensors or .bin (weights/README.md)")
+    names = "diffusion_pytorch_model.safetensors, model.safetensors or the same as .bin"
+    raise FileNotFoundError(f"{folder} has no weights: expected {names} (weights/README.md)")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
