@@ -14,10 +14,11 @@ import random
 from pathlib import Path
 
 import numpy as np
-import tinyti
 import torch
 import world
 from PIL import Image
+
+import tinyti
 from tinyti.data import to_image
 from tinyti.metrics import clip_i
 
@@ -28,7 +29,7 @@ BACKDROPS = ("yellow", "green", "blue", "pink", "purple", "red")
 FOLDER = Path(__file__).parents[2] / "concepts"
 WHITE, CREAM, BLACK, TURQUOISE = (252, 249, 242), (252, 234, 190), (46, 40, 50), (24, 176, 170)
 
-# --- individuals: things with a fixed identity ---------------------------------------------------------------
+# --- individuals: things with a fixed identity -------------------------------------------------------------
 
 EVEN = {"ear size": 1.0, "head": 1.0, "body": 1.0, "eye size": 1.1, "eye height": 1.1, "petals": 6}
 EVEN |= {"lift": 0.6, "grain": 1.0, "lean": 0.0, "marks": []}
@@ -174,7 +175,7 @@ def nearest(shade, words):
     return min(words, key=lambda word: world.differ(word, shade))
 
 
-# --- styles that the world has not ---------------------------------------------------------------------------
+# --- styles that the world has not -------------------------------------------------------------------------
 
 
 def blueprint(sheet):
@@ -210,7 +211,7 @@ def stained_glass(sheet):
 
 
 def risograph(sheet):
-    """Flat tints of two inks, pink and blue, slightly out of register on cream paper, the paler ones dotted."""
+    """Two inks, pink and blue, flat or in coarse dots, slightly out of register on cream paper."""
     x, y = world.grid(sheet.size)
     cover = (1 - sheet.flat / 255) * np.where(sheet.figure > 0.5, 1, 0.55)
     lines = np.maximum(sheet.ink, 0.5 * sheet.scene_ink)
@@ -229,11 +230,11 @@ def risograph(sheet):
 NEW_STYLES = {
     "blueprint": (blueprint, "bold white lines on blue squared paper", "sketch"),
     "stained-glass": (stained_glass, "jewel-coloured panes of glass between broad black leads", "painting"),
-    "risograph": (risograph, "pink and blue ink, flat or in coarse dots, out of register on cream paper", "painting"),
+    "risograph": (risograph, "pink and blue ink, flat or in coarse dots on cream paper", "painting"),
 }
 
 
-# --- making the sets -----------------------------------------------------------------------------------------
+# --- making the sets ---------------------------------------------------------------------------------------
 
 
 def render(name, attrs):
@@ -287,7 +288,7 @@ def concept(name):
     }
 
 
-# --- the best captions without a new word --------------------------------------------------------------------
+# --- the best captions without a new word ------------------------------------------------------------------
 
 
 def worded(thing, colour, details, prefix):
@@ -306,7 +307,7 @@ def worded(thing, colour, details, prefix):
 
 
 def candidates(name, count=200):
-    """Return up to `count` captions of a set that the world's language has, the fullest first.
+    """Return up to `count` captions of a set that the world's language has, for a thing the fullest first.
 
     For a thing: its colour and parts in the nearest colour words or the second nearest, some of them left
     out. For a style: the world's styles with colours, backgrounds and places.
@@ -314,12 +315,10 @@ def candidates(name, count=200):
     if name in NEW_STYLES:
         frames = [f"on {world.an(colour)} background" for colour in world.COLOURS]
         frames += ["", *(said for place in world.PLACES.values() for said in place)]
-        said = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in set(prefixes)]
-        nearest_style = f"a {NEW_STYLES[name][2]}"
-        said = [nearest_style, *sorted(filter(None, {*said} - {nearest_style}))]
-        plain = [f"{prefix} {frame}".strip() for frame in frames for prefix in said]
-        tinted = [f"{world.an(colour)} {style}" for colour in world.COLOURS for style in ("painting", "sketch")]
-        return list(dict.fromkeys([nearest_style, *tinted, *plain]))[:count]
+        styles = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in prefixes]
+        styles = list(dict.fromkeys([f"a {NEW_STYLES[name][2]}", *filter(None, styles)]))
+        plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
+        return random.Random(name).sample(plain, min(count, len(plain)))
     model, own = individual(name), INDIVIDUALS[name][2]
     lot = random.Random(name)
     spoken = {part: shade for part, shade in model["details"].items() if shade}
@@ -334,8 +333,7 @@ def candidates(name, count=200):
             continue
         details = {p: spoken[p] if lot.random() < 0.85 else second(own[p], world.SHADES) for p in some}
         colour = model["colour"] if lot.random() < 0.8 else second(own["base"], world.COLOURS)
-        text = worded(model["thing"], colour, details, lot.choice(("a photo of", "a photo of", "a picture of")))
-        said.append(text)
+        said.append(worded(model["thing"], colour, details, lot.choice(world.PREFIXES["photo"])))
     return list(dict.fromkeys(said))[:count]
 
 
@@ -371,7 +369,7 @@ def best_caption(model, clip, name, finalists=6, count=8):
     return max(last, key=lambda caption: clip_i(clip, draw(model, caption, count), seen))
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------------------
 
 PREFACE = """# Concepts
 
@@ -401,7 +399,7 @@ def main():
     """Write every set, `concepts.json` and `README.md`."""
     parser = argparse.ArgumentParser(description="Make the picture sets of concepts/.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: concepts/)")
-    parser.add_argument("--search", type=Path, metavar="MODEL", help="a model folder to find the captions with")
+    parser.add_argument("--search", type=Path, metavar="MODEL", help="a model folder to find captions with")
     args = parser.parse_args()
     index = args.out / "concepts.json"
     before = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}

@@ -14,15 +14,16 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-import concepts
 import numpy as np
-import tinyti
 import torch
 import torch.nn.functional as F
 import world
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import concepts
+import tinyti
 
 SETS = (*concepts.INDIVIDUALS, *concepts.NEW_STYLES)
 SCENES = tuple(world.SCENES)
@@ -61,9 +62,8 @@ def load():
 @torch.no_grad()
 def judge(pictures):
     """Return how probably each of B pictures is the one of each of `SETS`: (B, sets)."""
-    return torch.cat([load()(to_images(pictures[i : i + 256])) for i in range(0, len(pictures), 256)])[
-        :, : len(SETS)
-    ].sigmoid()
+    logits = [load()(to_images(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
+    return torch.cat(logits)[:, : len(SETS)].sigmoid()
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def scenes(pictures):
     return [SCENES[i] for i in load()(to_images(pictures))[:, len(SETS) :].argmax(1)]
 
 
-# --- pictures to learn from ----------------------------------------------------------------------------------
+# --- pictures to learn from --------------------------------------------------------------------------------
 
 
 def the_one(name, lot):
@@ -90,20 +90,32 @@ def changed(name, lot, count=1):
     """
     attrs = the_one(name, lot) | {"style": "photo"}
     look, parts = dict(attrs["identity"]), world.PARTS[attrs["thing"]]
-    able = [p for p, v in look.items() if isinstance(v, tuple)]
-    able += [p for p, v in look.items() if p in parts and v is None and p not in (*world.MARKINGS, "more patches")]
+    markings = (*world.MARKINGS, "more patches")
+    able = [p for p, shade in look.items() if isinstance(shade, tuple) or (shade is None and p not in markings)]
     if name in concepts.FIGURES:  # which draws these only
-        able = [part for part in able if part in (*concepts.INDIVIDUALS[name][2], "tail")]
+        able = [part for part in able if part in concepts.INDIVIDUALS[name][2] or part == "tail"]
     for part in lot.sample(able, count):
         before = look[part] or look["base"]
-        clear = [s for s in world.SHADES if world.differ(s, before) > world.CLEARLY]
-        if part in parts and parts[part] is None and look[part] and part != "more patches" and lot.random() < 0.3:
-            look[part] = None
-        else:
-            look[part] = world.hue(lot, lot.choice(clear))
+        clear = [shade for shade in world.SHADES if world.differ(shade, before) > world.CLEARLY]
+        look[part] = world.hue(lot, lot.choice(clear))
+        if part != "more patches" and parts.get(part, "") is None and before != look["base"]:
+            look[part] = lot.choice((look[part], None))
         if part == "base":  # parts without a colour of their own have this one's
             look |= {p: look["base"] for p, default in parts.items() if default == "" and look[p] == before}
     return attrs | {"identity": look}
+
+
+def stranger(name, lot):
+    """Return attributes of another individual of the kind, with at least one part clearly different."""
+    one = the_one(name, lot) | {"style": "photo"}
+    if name in concepts.FIGURES and lot.random() < 0.5:
+        return same_words(name, lot)  # but not the figure
+    while True:
+        other = world.look_alike(one, lot)
+        for part in world.PARTS[one["thing"]]:
+            a, b = one["identity"][part], other["identity"][part]
+            if a is not b and (a is None or b is None or world.differ(a, b) > world.CLEARLY):
+                return other
 
 
 def same_words(name, lot):
@@ -133,7 +145,7 @@ def style_look_alike(name, lot):
         other = lot.choice([other for other in concepts.NEW_STYLES if other != name])
         return concepts.render(other, attrs), SCENES.index(attrs["scene"])
     if draw < 0.75:  # the world's styles in the colours of the new ones
-        backdrop = lot.choice({"blueprint": ("blue",), "risograph": ("pink", "white", "blue")}.get(name, ("black",)))
+        backdrop = lot.choice({"blueprint": ["blue"], "risograph": ["pink", "white"]}.get(name, ["black"]))
         place = {"scene": "plain", "backdrop": backdrop, "context": world.context(lot, backdrop)}
         style = lot.choice(("sketch", "neon") if name == "blueprint" else tuple(world.STYLES))
         attrs |= place | {"style": style}
@@ -162,8 +174,7 @@ def example(name, kind, lot):
     elif kind == "two parts":
         attrs = changed(name, lot, 2)
     else:
-        attrs = world.look_alike(the_one(name, lot), lot)
-        figure = ""  # as the world draws it
+        attrs, figure = stranger(name, lot), ""  # as the world draws it
     return concepts.render(figure, attrs), SCENES.index(attrs["scene"])
 
 
@@ -176,15 +187,16 @@ def worsened(picture, lot):
         small = picture.resize((concepts.SIZE // 2,) * 2, Image.Resampling.BOX)
         picture = small.resize((concepts.SIZE,) * 2, Image.Resampling.BICUBIC)
     if draw > 0.5:
-        noise = np.random.default_rng(lot.getrandbits(31)).normal(0, lot.uniform(2, 9), (concepts.SIZE,) * 2 + (3,))
-        picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+        pixels, rng = np.asarray(picture), np.random.default_rng(lot.getrandbits(31))
+        pixels = pixels + rng.normal(0, lot.uniform(2, 9), pixels.shape)
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return picture
 
 
 def examples(count, seed=0, weights=None):
     """Render `count` pictures for all sets in turn.
 
-    Returns images uint8 (count, 64, 64, 3), the sets' numbers, whether it is the one, and the scenes' numbers.
+    Returns images uint8 (count, 64, 64, 3), the sets' numbers, whether it is the one, the scenes' numbers.
     """
     lot, rows = random.Random(f"judge {seed}"), []
     for i in range(count):
@@ -205,7 +217,7 @@ def examples(count, seed=0, weights=None):
     return images, *map(torch.from_numpy, truth)
 
 
-# --- training and measuring ----------------------------------------------------------------------------------
+# --- training and measuring --------------------------------------------------------------------------------
 
 
 def train(data, samples, batch=64, lr=3e-3):
@@ -219,9 +231,10 @@ def train(data, samples, batch=64, lr=3e-3):
     for step in range(steps):
         rows = torch.randint(len(images), (batch,), generator=generator)
         x = torch.from_numpy(images[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        flipped = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-        gain = 1 + 0.06 * torch.randn(batch, 3, 1, 1, generator=generator).clamp(-2, 2) * 0.5
-        x = torch.where(flipped, x.flip(-1), x).roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3))
+        mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        by = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        gain = 1 + 0.06 * (torch.rand(batch, 3, 1, 1, generator=generator) * 2 - 1)  # not quite the colours
+        x = torch.where(mirrored, x.flip(-1), x).roll(by, (2, 3))
         logits = model(((x + 1) * gain - 1).clamp(-1, 1))
         truth = torch.zeros(batch, len(SETS))
         truth[torch.arange(batch), number[rows]] = one[rows].float()
