@@ -313,12 +313,12 @@ def candidates(name, count=200):
     out. For a style: the world's styles with colours, backgrounds and places.
     """
     if name in NEW_STYLES:
-        frames = [f"on {world.an(colour)} background" for colour in world.COLOURS]
-        frames += ["", *(said for place in world.PLACES.values() for said in place)]
+        frames = ["", *(f"on {world.an(colour)} background" for colour in world.COLOURS)]
+        frames += [said for place in world.PLACES.values() for said in place]
         styles = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in prefixes]
         styles = list(dict.fromkeys([f"a {NEW_STYLES[name][2]}", *filter(None, styles)]))
         plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
-        return random.Random(name).sample(plain, min(count, len(plain)))
+        return [plain[0], *random.Random(name).sample(plain[1:], min(count, len(plain)) - 1)]
     model, own = individual(name), INDIVIDUALS[name][2]
     lot = random.Random(name)
     spoken = {part: shade for part, shade in model["details"].items() if shade}

@@ -91,7 +91,7 @@ def changed(name, lot, count=1):
     attrs = the_one(name, lot) | {"style": "photo"}
     look, parts = dict(attrs["identity"]), world.PARTS[attrs["thing"]]
     markings = (*world.MARKINGS, "more patches")
-    able = [p for p, shade in look.items() if isinstance(shade, tuple) or (shade is None and p not in markings)]
+    able = [p for p, v in look.items() if isinstance(v, tuple) or (v is None and p not in markings)]
     if name in concepts.FIGURES:  # which draws these only
         able = [part for part in able if part in concepts.INDIVIDUALS[name][2] or part == "tail"]
     for part in lot.sample(able, count):
