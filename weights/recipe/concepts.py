@@ -338,7 +338,7 @@ def candidates(name, count=200):
 
 
 @torch.no_grad()
-def losses(model, name, captions, samples=32):
+def losses(model, name, captions, samples=20):
     """Return every caption's loss on the set's pictures, all on the same noise: a list of floats."""
     generator = torch.Generator().manual_seed(SEED)
     pixels = np.stack([np.asarray(Image.open(FOLDER / name / path).convert("RGB")) for path in PATHS[:5]])
