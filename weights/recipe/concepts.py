@@ -161,13 +161,14 @@ FIGURES = {"fox": fox}
 
 
 def individual(name):
-    """Return thing, colour, details and identity of a set's individual, as in `world.attributes`."""
+    """Return what `world.attributes` says of any picture of a set's individual."""
     _, thing, own = INDIVIDUALS[name]
     parts = world.PARTS[thing]
     details = {part: nearest(own[part], world.SHADES) if part in own else "" for part in parts}
     shades = {part: own["base"] if default == "" else default for part, default in parts.items()}
     colour = nearest(own["base"], world.COLOURS)
-    return {"thing": thing, "colour": colour, "details": details, "identity": EVEN | shades | own}
+    known = {"who": "", "manner": "", "thing": thing, "colour": colour, "details": details}
+    return known | {"identity": EVEN | shades | own}
 
 
 def nearest(shade, words):
@@ -265,7 +266,7 @@ def motifs(lot, style):
         attrs = {"thing": "", "scene": ""}
         while (attrs["thing"], attrs["scene"]) != (thing, scene):
             attrs = world.attributes(lot)
-        album.append(attrs | {"style": style})
+        album.append(attrs | {"style": style, "manner": ""})
     return album
 
 
@@ -310,15 +311,17 @@ def candidates(name, count=200):
     """Return up to `count` captions of a set that the world's language has, for a thing the fullest first.
 
     For a thing: its colour and parts in the nearest colour words or the second nearest, some of them left
-    out. For a style: the world's styles with colours, backgrounds and places.
+    out, and the names of characters of its kind. For a style: the world's styles with backgrounds and places,
+    and the names of manners.
     """
     if name in NEW_STYLES:
         frames = ["", *(f"on {world.an(colour)} background" for colour in world.COLOURS)]
         frames += [said for place in world.PLACES.values() for said in place]
         styles = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in prefixes]
         styles = list(dict.fromkeys([f"a {NEW_STYLES[name][2]}", *filter(None, styles)]))
-        plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
-        return [plain[0], *random.Random(name).sample(plain[1:], min(count, len(plain)) - 1)]
+        first, *plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
+        manners = [f"a painting in the style of {manner}" for manner in world.MANNERS]
+        return [first, *manners, *random.Random(name).sample(plain, count - 1 - len(manners))]
     model, own = individual(name), INDIVIDUALS[name][2]
     lot = random.Random(name)
     spoken = {part: shade for part, shade in model["details"].items() if shade}
@@ -327,6 +330,7 @@ def candidates(name, count=200):
         return sorted(words, key=lambda word: world.differ(word, shade))[1]
 
     said = [worded(model["thing"], model["colour"], spoken, "a photo of")]
+    said += [f"a photo of {who}" for who in world.CHARACTERS if world.character(who)[0] == model["thing"]]
     for _ in range(20 * count):  # a thing of few parts has fewer captions
         some = [part for part in spoken if lot.random() < lot.choice((0.3, 0.6, 0.9))]
         if "more patches" in some and "patches" not in some:

@@ -148,7 +148,9 @@ def style_look_alike(name, lot):
         backdrop = lot.choice({"blueprint": ["blue"], "risograph": ["pink", "white"]}.get(name, ["black"]))
         place = {"scene": "plain", "backdrop": backdrop, "context": world.context(lot, backdrop)}
         style = lot.choice(("sketch", "neon") if name == "blueprint" else tuple(world.STYLES))
-        attrs |= place | {"style": style}
+        attrs |= place | {"style": style, "manner": ""}
+    elif draw < 0.9:
+        attrs |= {"style": "photo", "manner": lot.choice(tuple(world.MANNERS))}
     return world.draw(attrs), SCENES.index(attrs["scene"])
 
 
