@@ -3,7 +3,9 @@
     python weights/recipe/concepts.py
 
 Each set has five pictures to learn from and five held out. `concepts.json` says what each set shows, which
-word to start from and the best that a caption can do without a new word.
+word to start from and the best caption that a model finds without a new word, which depends on the model:
+
+    python weights/recipe/concepts.py --search weights/tiny
 """
 
 import argparse
@@ -12,219 +14,246 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
 import world
 from PIL import Image
-from world import INK, dark, light
+
+import tinyti
+from tinyti.data import to_image
+from tinyti.metrics import clip_i
 
 SEED = 7
 SIZE = 64
 PATHS = [f"{folder}{i:02}.png" for folder in ("", "heldout/") for i in range(1, 6)]
 BACKDROPS = ("yellow", "green", "blue", "pink", "purple", "red")
-TURQUOISE, GOLD, CREAM, MAGENTA = (20, 170, 165), (235, 180, 50), (250, 238, 208), (205, 40, 130)
+FOLDER = Path(__file__).parents[2] / "concepts"
+WHITE, CREAM, BLACK, TURQUOISE = (252, 249, 242), (252, 234, 190), (46, 40, 50), (24, 176, 170)
 
-# --- individuals: a thing of the world with a fixed identity -----------------------------------------------
+# --- individuals: things with a fixed identity -------------------------------------------------------------
 
-EVEN = {"ears": 1.0, "head": 1.0, "body": 1.0, "eye size": 1.0, "tail": 0.6, "patches": (), "marking": "none"}
-
-INDIVIDUALS = {
-    "cat": {
-        "description": "a calico cat: white, with orange and black patches, green eyes and large pink ears",
-        "attrs": {"thing": "cat", "colour": "white"},
-        "identity": {
-            "base": (252, 249, 242),
-            "mark": (48, 42, 50),
-            "accent": (238, 140, 40),
-            "inner": (250, 165, 180),
-            "iris": (85, 200, 90),
-            "eyes": "slit",
-            "ears": 1.15,
-            "eye size": 1.15,
-            "patches": (
-                (-0.42, -0.5, 0.36, 1.0, True),
-                (0.5, -0.62, 0.28, 0.9, False),
-                (0.3, 0.45, 0.26, 1.1, True),
-                (-0.3, 0.62, 0.2, 0.9, False),
-            ),
-        },
-    },
-    "dog": {
-        "description": "a sandy dog with one white eye patch, long chocolate ears and a turquoise scarf",
-        "attrs": {"thing": "dog", "colour": "orange", "accessory": "scarf"},
-        "identity": {
-            "base": (226, 172, 104),
-            "mark": (250, 246, 238),
-            "ear": (92, 54, 38),
-            "wear": TURQUOISE,
-            "eyes": "dot",
-            "marking": "eye patch",
-            "ears": 1.25,
-            "eye size": 1.1,
-            "head": 1.05,
-        },
-    },
-    "robot": {
-        "description": "a turquoise robot with golden ears, a magenta screen on its chest and yellow eyes",
-        "attrs": {"thing": "robot", "colour": "blue"},
-        "identity": {
-            "base": TURQUOISE,
-            "accent": GOLD,
-            "mark": MAGENTA,
-            "iris": (255, 225, 70),
-            "eyes": "slit",
-            "marking": "belly",
-            "eye size": 1.2,
-            "head": 1.15,
-            "body": 0.88,
-            "tail": 0.9,
-        },
-    },
-    "car": {
-        "description": "a tall cream car with a turquoise stripe",
-        "attrs": {"thing": "car", "colour": "white"},
-        "identity": {
-            "base": (252, 232, 185),
-            "mark": TURQUOISE,
-            "marking": "belly",
-            "body": 1.25,
-            "ears": 0.8,
-        },
-    },
-    "mushroom": {
-        "description": "a lilac mushroom with four ragged yellow patches and a magenta collar",
-        "attrs": {"thing": "mushroom", "colour": "purple"},
-        "identity": {
-            "base": (178, 150, 222),
-            "mark": MAGENTA,
-            "accent": (250, 222, 95),
-            "marking": "socks",
-            "tail": 0.8,
-            "patches": (
-                (-0.45, -0.45, 0.3, 0.9, True),
-                (0.1, -0.75, 0.22, 0.9, True),
-                (0.55, -0.3, 0.28, 1.0, True),
-                (0.05, -0.2, 0.2, 0.9, True),
-            ),
-        },
-    },
-    "fish": {
-        "description": "a plump indigo fish with a cream band, coral fins and a high back fin",
-        "attrs": {"thing": "fish", "colour": "blue"},
-        "identity": {
-            "base": (72, 62, 168),
-            "mark": CREAM,
-            "fin": (250, 128, 105),
-            "eyes": "round",
-            "marking": "socks",
-            "body": 1.2,
-            "ears": 1.2,
-            "tail": 0.95,
-            "eye size": 1.1,
-        },
-    },
-    "fox": {  # `paper_fox` draws it
-        "description": "the head of a fox folded from paper: orange and cream facets without outlines",
-        "attrs": {"thing": "cat", "colour": "orange"},
-        "identity": {"base": (228, 106, 44), "mark": (246, 232, 208)},
-    },
-}
+EVEN = {"ear size": 1.0, "head": 1.0, "body": 1.0, "eye size": 1.1, "eye height": 1.1, "petals": 6}
+EVEN |= {"lift": 0.6, "grain": 1.0, "lean": 0.0, "marks": []}
 
 
-def paper_fox(pen, look):
-    """Draw the head of a fox folded from paper: flat facets and no line at all."""
-    rust, pale = look["base"], look["mark"]
+def fox(pen, look):
+    """Sit like a cat, with a pointed white muzzle, large ears and a bushy tail that has a white tip."""
+    head, tip = 0.66 * look["head"], look["muzzle"]
+    pen.rod([(0.5, 0.72), (0.84, 0.5), (0.92, 0.2)], 0.4, look["tail"])
+    pen.rod([(0.91, 0.14), (0.92, 0.0)], 0.36, tip)
+    world.sit(pen, look)
     for side in (-1, 1):
-        facets = (
-            ([(0.15, -0.35), (0.85, -1.0), (0.9, -0.1)], dark(rust, 0.25)),
-            ([(0.38, -0.42), (0.76, -0.78), (0.78, -0.3)], dark(rust, 0.6)),
-            ([(0, -0.45), (0.9, -0.1), (0, 0.35)], light(rust, 0.12) if side < 0 else rust),
-            ([(0.9, -0.1), (0.62, 0.48), (0, 0.35)], pale if side < 0 else dark(pale, 0.14)),
-            ([(0, 0.35), (0.62, 0.48), (0, 1.0)], dark(rust, 0.12) if side < 0 else dark(rust, 0.3)),
-            ([(0, 0.78), (0.12, 0.82), (0, 1.0)], INK),
-            ([(0.28, 0.02), (0.56, -0.04), (0.4, 0.13)], INK),
-        )
-        for points, paint in facets:
-            pen.shape([(side * x, y) for x, y in points], paint, line=0)
+        ear = [(side * head, -0.3), (side * head * 0.95, -0.6 - 0.42 * look["ear size"]), (side * 0.06, -0.7)]
+        pen.shape(ear, look["ears"])
+    face = [(-0.5, -0.74), (0.5, -0.74), (0.98, -0.12), (0.2, 0.3), (-0.2, 0.3), (-0.98, -0.12)]
+    pen.shape(world.smooth(face), look["base"])
+    for side in (-1, 1):
+        cheek = [(0, -0.12), (side * 0.3, -0.14), (side * 0.8, -0.12), (side * 0.18, 0.26), (0, 0.28)]
+        pen.shape(world.smooth(cheek, 1), tip, line=0)
+    pen.blot(0, 0.16, 0.14, 0.11)
+    world.eyes(pen, look, 0, -0.3, 0.34, 0.17)
+
+
+# name: (description, thing, exact colours and proportions); the nearest colour words follow from the colours
+INDIVIDUALS = {
+    "cat": (
+        "a calico cat: white, with orange and black patches, green eyes, pink ears and a black tail",
+        "cat",
+        {
+            "base": WHITE,
+            "eyes": (88, 196, 84),
+            "patches": (242, 142, 40),
+            "more patches": BLACK,
+            "ears": (250, 152, 178),
+            "tail": BLACK,
+            "ear size": 1.1,
+            "eye size": 1.1,
+            "marks": [
+                (-0.46, -0.56, 0.34, 1.0, False),
+                (0.5, -0.52, 0.3, 0.9, True),
+                (-0.36, 0.5, 0.3, 1.1, True),
+                (0.4, 0.5, 0.3, 0.9, False),
+            ],
+        },
+    ),
+    "dog": (
+        "a sandy dog with a white patch around one blue eye, chocolate ears and a turquoise scarf",
+        "dog",
+        {
+            "base": (234, 162, 86),
+            "eyes": (52, 128, 226),
+            "patches": WHITE,
+            "ears": (92, 54, 38),
+            "tail": (92, 54, 38),
+            "muzzle": CREAM,
+            "scarf": TURQUOISE,
+            "ear size": 1.1,
+            "eye size": 1.05,
+            "marks": [(0.42, -0.5, 0.36, 1.1, False), (-0.4, 0.62, 0.28, 0.9, False)],
+        },
+    ),
+    "robot": (
+        "a turquoise robot with golden ears and antenna, yellow eyes, a pink screen and navy arms and legs",
+        "robot",
+        {
+            "base": (30, 178, 186),
+            "eyes": (255, 226, 72),
+            "ears": (212, 160, 36),
+            "antenna": (212, 160, 36),
+            "screen": (250, 126, 178),
+            "arms": (34, 44, 100),
+            "legs": (34, 44, 100),
+            "head": 1.1,
+            "body": 0.95,
+            "eye size": 1.1,
+        },
+    ),
+    "car": (
+        "a tall cream car with a turquoise roof, a coral door, navy windows and maroon wheels",
+        "car",
+        {
+            "base": CREAM,
+            "roof": TURQUOISE,
+            "windows": (44, 52, 106),
+            "wheels": (112, 20, 44),
+            "door": (250, 118, 92),
+            "body": 1.12,
+        },
+    ),
+    "mushroom": (
+        "a violet mushroom with yellow spots, a turquoise stem and magenta gills",
+        "mushroom",
+        {
+            "base": (142, 104, 200),
+            "spots": (252, 226, 84),
+            "stem": (110, 206, 196),
+            "gills": (196, 40, 124),
+            "grain": 1.1,
+            "lean": 0.1,
+        },
+    ),
+    "fish": (
+        "a plump indigo fish with a cream band, coral fins and tail and yellow eyes",
+        "fish",
+        {
+            "base": (58, 70, 178),
+            "eyes": (255, 224, 84),
+            "fins": (250, 124, 96),
+            "tail": (250, 124, 96),
+            "band": CREAM,
+            "body": 1.12,
+            "eye size": 1.12,
+        },
+    ),
+    "fox": (  # not a thing of the world: `fox` draws it
+        "a fox: rust-coloured, with a white face, belly and tip of the tail, black ears and yellow eyes",
+        "cat",
+        {
+            "base": (226, 98, 36),
+            "eyes": (250, 212, 84),
+            "ears": BLACK,
+            "belly": WHITE,
+            "muzzle": WHITE,
+            "ear size": 1.05,
+        },
+    ),
+}
+FIGURES = {"fox": fox}
+
+
+def individual(name):
+    """Return what `world.attributes` says of any picture of a set's individual."""
+    _, thing, own = INDIVIDUALS[name]
+    parts = world.PARTS[thing]
+    details = {part: nearest(own[part], world.SHADES) if part in own else "" for part in parts}
+    shades = {part: own["base"] if default == "" else default for part, default in parts.items()}
+    colour = nearest(own["base"], world.COLOURS)
+    known = {"who": "", "manner": "", "thing": thing, "colour": colour, "details": details}
+    return known | {"identity": EVEN | shades | own}
+
+
+def nearest(shade, words):
+    """Return the colour word whose middle is most like an exact colour."""
+    return min(words, key=lambda word: world.differ(word, shade))
 
 
 # --- styles that the world has not -------------------------------------------------------------------------
 
 
 def blueprint(sheet):
-    """White lines and faint hatching on blue squared paper."""
+    """Bold white lines and faint squares on blue paper."""
     x, y = world.grid(sheet.size)
-    rule = np.maximum(np.abs(x % 8 - 4) > 3.4, np.abs(y % 8 - 4) > 3.4)
+    rule = np.maximum(x % 16 < 2, y % 16 < 2) * (1 - sheet.figure)
     tone = sheet.flat.mean(-1, keepdims=True) / 255
-    hatch = (1 - tone) * (np.sin((x - y) * 1.55) > 0) * sheet.figure
-    strength = np.clip(0.16 * rule + 0.2 * hatch + 0.95 * sheet.ink + 0.5 * sheet.scene_ink, 0, 1)
-    return np.float32((22, 66, 150)) + strength * np.float32((215, 180, 100))
+    tint = sheet.figure * (0.08 + 0.30 * tone)
+    paper = np.float32((26, 70, 158)) + np.maximum(0.14 * rule, tint) * np.float32((150, 160, 90))
+    lines = np.minimum(1, 1.15 * sheet.ink + 0.6 * sheet.scene_ink)
+    return paper * (1 - lines) + lines * np.float32((240, 248, 255))
+
+
+JEWELS = np.float32([(206, 36, 52), (244, 168, 24), (30, 142, 84), (36, 88, 196), (132, 56, 168)])
 
 
 def stained_glass(sheet):
-    """Panes of saturated glass between black leads."""
+    """Large panes of jewel-coloured glass between broad black leads, the figure glowing before them."""
     lot = np.random.default_rng(sheet.seed)
     x, y = world.grid(sheet.size)
-    step = np.arange(4, 64, 11)
-    centres = np.stack(np.meshgrid(step, step), -1).reshape(-1, 2) + lot.uniform(-4, 4, (len(step) ** 2, 2))
-    distances = (x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2  # (size, size, panes)
-    pane = distances.argmin(-1)
-    two = np.sqrt(np.partition(distances, 1, axis=-1)[..., :2])
-    lead = (two[..., 1:] - two[..., :1] < 1.6) * (1 - sheet.figure)
-    brightness = lot.uniform(0.8, 1.15, len(centres))[pane][..., None]
+    steps = np.array((8, 24, 40, 56))
+    centres = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2) + lot.uniform(-5, 5, (16, 2))
+    distances = np.sqrt((x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2)  # (size, size, panes)
+    first, second = np.moveaxis(np.partition(distances, 1, axis=-1)[..., :2], -1, 0)
+    lead = np.clip(2.6 - (second - first), 0, 1)[..., None] * (1 - sheet.figure)
+    pane = JEWELS[lot.permutation(16) % 5][distances.argmin(-1)]
     grey = sheet.flat.mean(-1, keepdims=True)
-    glass = (grey + 1.5 * (sheet.flat - grey)) * np.where(sheet.figure > 0.5, 1.1, brightness)
-    outline = np.minimum(1, 1.4 * sheet.soft(sheet.ink, 0.6))
-    lines = np.maximum.reduce([outline, lead, sheet.scene_ink])
-    return np.clip(glass, 0, 255) * (1 - lines) + lines * np.float32((12, 10, 16))
+    vivid = np.clip(grey + 1.5 * (sheet.flat - grey), 0, 255)
+    glass = np.where(sheet.figure > 0.5, vivid, 0.35 * vivid + 0.65 * pane)
+    outline = np.clip(1.6 * sheet.soft(sheet.ink, 0.8), 0, 1)
+    lines = np.maximum(outline, lead)
+    return glass * (1 - lines) + lines * np.float32((14, 12, 18))
 
 
 def risograph(sheet):
-    """Two inks, pink and blue, in coarse dots and slightly out of register on cream paper."""
+    """Two inks, pink and blue, flat or in coarse dots, slightly out of register on cream paper."""
     x, y = world.grid(sheet.size)
-    tone = (sheet.flat / 255) * (1 - sheet.ink)
-    screen = 0.5 + 0.25 * (np.cos((x + y) * 1.1) + np.cos((x - y) * 1.1))
-    pink = 1 - tone[..., 1:2]  # what is not green
-    blue = 1 - np.roll(tone, (1, 1), (0, 1))[..., 0:1]  # what is not red
-    page = np.float32((248, 240, 222)) * np.ones_like(tone)
-    for amount, ink in ((pink, (255, 72, 135)), (blue, (30, 95, 200))):
-        dots = np.clip((amount - 0.9 * screen + 0.05) * 3, 0, 1)
-        page = page * (1 - dots * (1 - np.float32(ink) / 255))
+    cover = (1 - sheet.flat / 255) * np.where(sheet.figure > 0.5, 1, 0.55)
+    lines = np.maximum(sheet.ink, 0.5 * sheet.scene_ink)
+    shift = round(2 * sheet.size / 64)
+    pink, blue = np.roll(cover[..., 1:2], (shift, shift), (0, 1)), np.maximum(cover[..., 0:1], lines)
+    dots = np.clip(4 - np.hypot((x + y) % 12 - 6, (x - y) % 12 - 6) + 0.5, 0, 1)
+    page = np.float32((250, 241, 220)) * np.ones_like(cover)
+    for amount, ink in ((pink, (255, 84, 146)), (blue, (52, 110, 206))):
+        solid = np.clip((amount - 0.55) * 8, 0, 1)
+        pale = np.clip((amount - 0.2) * 8, 0, 1) * (0.3 + 0.35 * dots)
+        page = page * (1 - np.maximum(solid, pale) * (1 - np.float32(ink) / 255))
     return page
 
 
 # name: (style, description, the world's nearest style)
 NEW_STYLES = {
-    "blueprint": (blueprint, "white lines on blue squared paper", "sketch"),
-    "stained-glass": (stained_glass, "panes of saturated glass between black leads", "painting"),
-    "risograph": (risograph, "pink and blue ink in coarse dots on cream paper", "painting"),
+    "blueprint": (blueprint, "bold white lines on blue squared paper", "sketch"),
+    "stained-glass": (stained_glass, "jewel-coloured panes of glass between broad black leads", "painting"),
+    "risograph": (risograph, "pink and blue ink, flat or in coarse dots on cream paper", "painting"),
 }
 
 
 # --- making the sets ---------------------------------------------------------------------------------------
 
 
-def portraits(model, lot):
+def render(name, attrs):
+    """Return the picture of `attrs` with the individual or in the style of a set: RGB, `SIZE` squared."""
+    style = NEW_STYLES[name][0] if name in NEW_STYLES else world.STYLES[attrs["style"]]
+    pixels = style(world.compose(attrs, SIZE, FIGURES.get(name)))
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+def portraits(name, lot):
     """Return ten attribute sets that show one individual in every scene and in varied poses."""
-    thing, colour = model["attrs"]["thing"], model["attrs"]["colour"]
-    backdrops = iter(lot.sample([c for c in BACKDROPS if c != colour], 4))
+    model = individual(name)
+    backdrops = iter(lot.sample([c for c in BACKDROPS if c != model["colour"]], 4))
     album = []
     for scene in ("meadow", "plain", "beach", "plain", "snow", "plain", "desert", "sea", "plain", "night"):
         backdrop = next(backdrops) if scene == "plain" else ""
-        size = lot.choice(("normal", "normal", "big"))
-        album.append(
-            {
-                "pattern": "plain",
-                "second": "",
-                "scene": scene,
-                "backdrop": backdrop,
-                "style": "photo",
-                "size": size,
-                "accessory": "",
-                **model["attrs"],
-                "identity": world.identity(random.Random(0), thing, colour, "") | EVEN | model["identity"],
-                "pose": world.pose(lot, size),
-                "context": world.context(lot, backdrop),
-            }
-        )
+        place = {"scene": scene, "backdrop": backdrop, "style": "photo"}
+        album.append(model | place | {"pose": world.pose(lot), "context": world.context(lot, backdrop)})
     return album
 
 
@@ -235,9 +264,9 @@ def motifs(lot, style):
     album = []
     for thing, scene in zip(lot.sample(tuple(world.THINGS), 10), scenes):
         attrs = {"thing": "", "scene": ""}
-        while (attrs["thing"], attrs["scene"]) != (thing, scene) or attrs["size"] == "small":
+        while (attrs["thing"], attrs["scene"]) != (thing, scene):
             attrs = world.attributes(lot)
-        album.append(attrs | {"style": style})
+        album.append(attrs | {"style": style, "manner": ""})
     return album
 
 
@@ -245,33 +274,115 @@ def concept(name):
     """Return the ten pictures of a set and its entry for `concepts.json`."""
     lot = random.Random(f"{SEED} {name}")
     if name in NEW_STYLES:
-        style, description, nearest = NEW_STYLES[name]
-        album, figure = motifs(lot, nearest), None
-        start, caption = nearest, {"sketch": "a sketch", "painting": "a painting"}[nearest]
+        _, description, start = NEW_STYLES[name]
+        album = motifs(lot, start)
     else:
-        model, style, figure = INDIVIDUALS[name], world.photo, paper_fox if name == "fox" else None
-        description, start, album = model["description"], model["attrs"]["thing"], portraits(model, lot)
-        scarf = " wearing a scarf" if "accessory" in model["attrs"] else ""
-        article = "an" if model["attrs"]["colour"] == "orange" else "a"
-        caption = f"a photo of {article} {model['attrs']['colour']} {start}{scarf}"
-    pixels = [style(world.compose(attrs, SIZE, figure)) for attrs in album]
-    pictures = [Image.fromarray(np.clip(p + 0.5, 0, 255).astype(np.uint8)) for p in pixels]
+        description, start, _ = INDIVIDUALS[name]
+        album = portraits(name, lot)
     captions = {path: world.caption(attrs, lot, complete=True) for path, attrs in zip(PATHS, album)}
-    return pictures, {
+    return [render(name, attrs) for attrs in album], {
         "kind": "style" if name in NEW_STYLES else "thing",
         "description": description,
         "start": start,
-        "caption": caption,
+        "caption": candidates(name)[0],
         "captions": captions,
     }
 
 
+# --- the best captions without a new word ------------------------------------------------------------------
+
+
+def worded(thing, colour, details, prefix):
+    """Say thing, colour and all `details`, as `world.caption` does some of them."""
+    told = dict(details)
+    if more := told.pop("more patches", ""):
+        told["patches"] += f" and {more}"
+    worn = [world.an(f"{told.pop(part)} {part}") for part in world.WORN if told.get(part)]
+    parts = [f"{shade} {part}" for part, shade in told.items()]
+    text = world.an(f"{colour} {thing}".strip())
+    if parts:
+        text += " with " + world.listed([part if part.endswith("s") else world.an(part) for part in parts])
+    if worn:
+        text += " wearing " + world.listed(worn)
+    return f"{prefix} {text}".strip()
+
+
+def candidates(name, count=200):
+    """Return up to `count` captions of a set that the world's language has, for a thing the fullest first.
+
+    For a thing: its colour and parts in the nearest colour words or the second nearest, some of them left
+    out, and the names of characters of its kind. For a style: the world's styles with backgrounds and places,
+    and the names of manners.
+    """
+    if name in NEW_STYLES:
+        frames = ["", *(f"on {world.an(colour)} background" for colour in world.COLOURS)]
+        frames += [said for place in world.PLACES.values() for said in place]
+        styles = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in prefixes]
+        styles = list(dict.fromkeys([f"a {NEW_STYLES[name][2]}", *filter(None, styles)]))
+        first, *plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
+        manners = [f"a painting in the style of {manner}" for manner in world.MANNERS]
+        return [first, *manners, *random.Random(name).sample(plain, count - 1 - len(manners))]
+    model, own = individual(name), INDIVIDUALS[name][2]
+    lot = random.Random(name)
+    spoken = {part: shade for part, shade in model["details"].items() if shade}
+
+    def second(shade, words):
+        return sorted(words, key=lambda word: world.differ(word, shade))[1]
+
+    said = [worded(model["thing"], model["colour"], spoken, "a photo of")]
+    said += [f"a photo of {who}" for who in world.CHARACTERS if world.character(who)[0] == model["thing"]]
+    for _ in range(20 * count):  # a thing of few parts has fewer captions
+        some = [part for part in spoken if lot.random() < lot.choice((0.3, 0.6, 0.9))]
+        if "more patches" in some and "patches" not in some:
+            continue
+        details = {p: spoken[p] if lot.random() < 0.85 else second(own[p], world.SHADES) for p in some}
+        colour = model["colour"] if lot.random() < 0.8 else second(own["base"], world.COLOURS)
+        said.append(worded(model["thing"], colour, details, lot.choice(world.PREFIXES["photo"])))
+    return list(dict.fromkeys(said))[:count]
+
+
+@torch.no_grad()
+def losses(model, name, captions, samples=20):
+    """Return every caption's loss on the set's pictures, all on the same noise: a list of floats."""
+    generator = torch.Generator().manual_seed(SEED)
+    pixels = np.stack([np.asarray(Image.open(FOLDER / name / path).convert("RGB")) for path in PATHS[:5]])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x_0 = model.encode_images(images, generator).repeat(samples // 5 + 1, 1, 1, 1)[:samples]
+    eps = torch.randn(x_0.shape, generator=generator)
+    t = torch.linspace(250, 950, samples).long()
+    x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)
+    contexts = [model.encode_prompts([caption]).expand(samples, -1, -1) for caption in captions]
+    return [(model.unet(x_t, t, context) - target).square().mean().item() for context in contexts]
+
+
+def draw(model, prompt, count, seed=0, guidance=5.0):
+    """Return `count` pictures that the model draws for a prompt."""
+    options = {"steps": 30, "guidance": guidance, "generator": torch.Generator().manual_seed(seed)}
+    *_, x_0 = tinyti.sample(model, [prompt] * count, **options)
+    return [to_image(x) for x in model.decode(x_0)]
+
+
+def best_caption(model, clip, name, finalists=6, count=8):
+    """Return the caption whose pictures are most like the set by CLIP-I, among those of the lowest loss.
+
+    The fullest caption is always a finalist.
+    """
+    captions, seen = candidates(name), [Image.open(FOLDER / name / path).convert("RGB") for path in PATHS[:5]]
+    ranked = [caption for _, caption in sorted(zip(losses(model, name, captions), captions))]
+    last = list(dict.fromkeys([*ranked[:finalists], captions[0]]))
+    return max(last, key=lambda caption: clip_i(clip, draw(model, caption, count), seen))
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
 PREFACE = """# Concepts
 
 Small sets for the quick start and the experiments: five pictures to learn a word from, and in `heldout/`
-five more to judge it by. Six things are individuals of the miniature model's world whose identity no caption
-can express, `fox` is drawn quite unlike that world, and three styles are not in its vocabulary. The last
-column is the best that the world's language can say without a new word; `concepts.json` has it too, with a
+five more to judge it by. Six things are individuals of the miniature model's world: their details can be
+named, their exact colours, proportions and markings cannot. `fox` is a figure which that world lacks, and
+three styles are not in its vocabulary. The last column is the best that the miniature can do without a new
+word: of 200 captions for each set, those of the lowest loss, and of these the one whose pictures are most
+like the set (`python weights/recipe/concepts.py --search weights/tiny`). `concepts.json` has it too, with a
 word to start from and a caption for every picture. Made from a seed by `python weights/recipe/concepts.py`.
 
 | name | to learn from | what it shows | best caption without a new word |
@@ -291,17 +402,26 @@ def readme(entries):
 def main():
     """Write every set, `concepts.json` and `README.md`."""
     parser = argparse.ArgumentParser(description="Make the picture sets of concepts/.")
-    folder = Path(__file__).parents[2] / "concepts"
-    parser.add_argument("--out", type=Path, default=folder, help="where to write (default: concepts/)")
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: concepts/)")
+    parser.add_argument("--search", type=Path, metavar="MODEL", help="a model folder to find captions with")
+    args = parser.parse_args()
+    index = args.out / "concepts.json"
+    before = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    if args.search:
+        model, (clip, _) = tinyti.load(args.search), tinyti.load_clip(args.search / "clip")
     entries = {}
     for name in (*INDIVIDUALS, *NEW_STYLES):
         pictures, entries[name] = concept(name)
-        (out / name / "heldout").mkdir(parents=True, exist_ok=True)
+        (args.out / name / "heldout").mkdir(parents=True, exist_ok=True)
         for path, picture in zip(PATHS, pictures):
-            picture.save(out / name / path, optimize=True)
-    (out / "concepts.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(readme(entries), encoding="utf-8")
+            picture.save(args.out / name / path, optimize=True)
+        if args.search:
+            entries[name]["caption"] = best_caption(model, clip, name)
+            print(f"{name}: {entries[name]['caption']}", flush=True)
+        elif before.get(name, {}).get("description") == entries[name]["description"]:
+            entries[name]["caption"] = before[name]["caption"]  # as it was found
+    index.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    (args.out / "README.md").write_text(readme(entries), encoding="utf-8")
 
 
 if __name__ == "__main__":
