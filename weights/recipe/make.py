@@ -68,7 +68,7 @@ class Recipe:
     pictures: int = 98_304
     unseen: int = 2_048
     abstract: int = 24_576
-    vocabulary: int = 1_024
+    vocabulary: int = 2_048
     clip_width: int = 128
     clip_layers: int = 4
     clip_patch: int = 8
