@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "checkpoint": NETWORKS,
     "model": {"checkpoint", "concept", "diffusion", "tokenizer", *NETWORKS},
     "inversion": {"model", "concept", "data", "diffusion"},
+    "editing": {"model", "data", "diffusion", "unet"},
     "metrics": {"model"},
 }
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}

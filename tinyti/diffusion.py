@@ -128,6 +128,11 @@ class Schedule:
         x = math.sqrt(a_prev) * x_0 + math.sqrt(1 - a_prev - sigma**2) * eps
         return x + sigma * z if sigma > 0 else x
 
+    def ddim_inverse_step(self, x, eps, t_prev, t):
+        """x at t_prev -> x at t, where ddim_step with this eps comes from (2010.02502, eq. 13)."""
+        a_prev, a = self._alpha_bar(t_prev), self._alpha_bar(t)
+        return math.sqrt(a / a_prev) * (x - math.sqrt(1 - a_prev) * eps) + math.sqrt(1 - a) * eps
+
     def ddpm_step(self, x_t, prediction, t, t_prev, z):
         """A draw from q(x at t_prev | x at t, x_0) (2006.11239, eq. 6 and 7); t_prev -1 is the picture."""
         x_0, _ = self.split(x_t, prediction, t)
@@ -172,16 +177,20 @@ def randn(shape, generator=None, like=None):
     return z if like is None else z.to(like)
 
 
-def denoise(predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator=None):
+def denoise(
+    predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator=None, start=0, constrain=None
+):
     """Walk from noise to a picture, yielding x after each step; the last one is x_0.
 
-    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise.
+    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise, or what
+    belongs to timestep number `start`, if the ones before it are skipped.  constrain(x, t) -> x is applied
+    after each step, t being the next timestep, -1 for the picture.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")
     x, earlier = x_T, None
     ts = schedule.timesteps(steps, sampler)
-    for i, t in enumerate(ts):
+    for i, t in enumerate(ts[start:], start):
         prediction = predict(x, t)
         t_next = ts[i + 1] if i + 1 < len(ts) else -1
         if sampler == "ddim":
@@ -196,4 +205,6 @@ def denoise(predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator
             x_0, _ = schedule.split(x, prediction, t)
             x = schedule.dpm_step(x, x_0, t, t_next, earlier)
             earlier = (t, x_0)
+        if constrain is not None:
+            x = constrain(x, t_next)
         yield x

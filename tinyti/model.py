@@ -146,14 +146,24 @@ def sample(
         shape = [(side or model.size) // model.vae.factor for side in (height, width)]
         x_T = randn((len(prompts), model.unet.config.in_channels, *shape), generator)
     x_T = x_T.to(model.device, model.dtype)
+    predict = guided(model, prompts, guidance, negative)
+    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator)
+
+
+def guided(model, prompts, guidance=7.5, negative=""):
+    """The function predict(x_t, t) of classifier-free guidance (2207.12598, eq. 6) towards the prompts.
+
+    `guidance` is its scale, against the prompt `negative`; at 1 or below there is none.
+    """
     context = model.encode_prompts(prompts)
     if guidance > 1:
         context = torch.cat([model.encode_prompts([negative] * len(prompts)), context])
 
     def predict(x_t, t):
+        x_t = x_t.to(model.dtype)
         if guidance <= 1:
             return model.unet(x_t, t, context)
         without, with_prompt = model.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
         return without + guidance * (with_prompt - without)
 
-    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator)
+    return predict
