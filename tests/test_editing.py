@@ -16,7 +16,6 @@ import tinyti
 from tinyti.data import read_image, to_image, to_tensor
 from tinyti.diffusion import Schedule
 from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, paste, to_mask
-from tinyti.model import guided
 from tinyti.unet import Transformer
 
 from .conftest import CONCEPTS, TINY, relative_error
@@ -225,7 +224,7 @@ def test_attention_maps_are_the_probabilities_of_attention(model):
         for layer in layers
     ]
     with attention_maps(model, prompts, "cat", (8, 8)) as heat:
-        guided(model, prompts, guidance=3.0)(x_t, 500)
+        last(tinyti.sample(model, prompts, steps=1, guidance=3.0, x_T=x_t))
     wanted = []
     for layer, x, context in seen:
         for row in (2, 3):

@@ -177,14 +177,12 @@ def randn(shape, generator=None, like=None):
     return z if like is None else z.to(like)
 
 
-def denoise(
-    predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator=None, start=0, constrain=None
-):
+def denoise(predict, x_T, schedule, steps=50, sampler="ddim", eta=0.0, generator=None, start=0):
     """Walk from noise to a picture, yielding x after each step; the last one is x_0.
 
-    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise, or what
-    belongs to timestep number `start`, if the ones before it are skipped.  constrain(x, t) -> x is applied
-    after each step, t being the next timestep, -1 for the picture.
+    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise; with
+    `start` the first of the timesteps are skipped, and it is x_t at `schedule.timesteps(...)[start]`.
+    The next step begins with what was yielded, so a caller who writes into that steers the walk.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")
@@ -205,6 +203,4 @@ def denoise(
             x_0, _ = schedule.split(x, prediction, t)
             x = schedule.dpm_step(x, x_0, t, t_next, earlier)
             earlier = (t, x_0)
-        if constrain is not None:
-            x = constrain(x, t_next)
         yield x

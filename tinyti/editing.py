@@ -4,59 +4,44 @@
 generators yield latents after each step, the last of which `model.decode` turns into pictures."""
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
 
 from .data import to_rgb, to_tensor
-from .diffusion import denoise, randn
-from .model import guided
+from .diffusion import randn
+from .model import LatentDiffusion, sample
 from .unet import Transformer
 
 
 @torch.no_grad()
-def from_image(
-    model,
-    prompts,
-    image,
-    strength=0.6,
-    steps=50,
-    guidance=7.5,
-    sampler="ddim",
-    eta=0.0,
-    negative="",
-    generator=None,
-):
+def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, strength: float = 0.6,
+               steps: int = 50, sampler: str = "ddim", generator: Generator | list[Generator] | None = None,
+               **options) -> Iterator[Tensor]:  # fmt: skip
     """Redraw a picture by SDEdit (2108.01073, algorithm 1): a generator of x_t (B, C, H/f, W/f).
 
-    The picture is noised for the share `strength` of the way and denoised from there towards the prompts;
-    only that share of `steps` is taken.  The other arguments are those of `sample`.
-    ValueError if no step is left, or if H or W is no multiple of the VAE's factor.
+    The picture is noised for the share `strength` of the way and denoised from there towards the prompts; only
+    that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
+    ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
     """
     prompts, images = _batch(model, prompts, image)
     start = _start(steps, strength)
     t = model.schedule.timesteps(steps, sampler)[start]
     x_0 = model.encode_images(images, generator).float()
     x_t = model.schedule.add_noise(x_0, randn(x_0.shape, generator, x_0), t)
-    predict = guided(model, prompts, guidance, negative)
-    yield from denoise(predict, x_t, model.schedule, steps, sampler, eta, generator, start)
+    options |= {"steps": steps, "sampler": sampler, "generator": generator}
+    yield from sample(model, prompts, x_T=x_t, start=start, **options)
 
 
 @torch.no_grad()
-def in_region(
-    model,
-    prompts,
-    image,
-    mask,
-    strength=0.75,
-    steps=50,
-    guidance=7.5,
-    sampler="ddim",
-    eta=0.0,
-    negative="",
-    generator=None,
-):
+def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, mask: Tensor,
+              strength: float = 0.75, steps: int = 50, sampler: str = "ddim",
+              generator: Generator | list[Generator] | None = None,
+              **options) -> Iterator[Tensor]:  # fmt: skip
     """Draw into a region by Blended Latent Diffusion (2206.02779, algorithm 1): a generator of x_t.
 
     `mask` (1, H, W), from `to_mask`, is above 0 where to draw.  As in the paper's experiment (2208.01618,
@@ -73,15 +58,15 @@ def in_region(
     x_0 = model.encode_images(images, generator).float()
     eps = randn(x_0.shape, generator, x_0)
     inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
+    ts = model.schedule.timesteps(steps, sampler)
+    options |= {"steps": steps, "sampler": sampler, "generator": generator}
+    walk = sample(model, prompts, x_T=eps, start=start, **options)
+    for t, x in zip([*ts[start + 1 :], None], walk):
+        outside = x_0 if t is None else model.schedule.add_noise(x_0, eps, t)
+        yield x.copy_(torch.where(inside, x, outside))  # in place: from here the walk goes on
 
-    def keep_outside(x, t):
-        return torch.where(inside, x, x_0 if t < 0 else model.schedule.add_noise(x_0, eps, t))
 
-    predict = guided(model, prompts, guidance, negative)
-    yield from denoise(predict, eps, model.schedule, steps, sampler, eta, generator, start, keep_outside)
-
-
-def to_mask(picture, size, feather=0):
+def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
     """A PIL picture of any size and mode -> mask (1, size, size): 0 (black) stays, 1 (white) is redrawn.
 
     Cropped and resized as `data.to_tensor` does with the photo; grey is in between, what is transparent is
@@ -103,17 +88,18 @@ def to_mask(picture, size, feather=0):
     return mask
 
 
-def paste(image, drawn, mask):
+def paste(image: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
     """The drawn pictures (B, 3, H, W) inside the mask (1, H, W), the image, to the bit, where it is 0."""
     image = image.float()
     return image + mask.to(image) * (drawn.to(image) - image)
 
 
 @torch.no_grad()
-def ddim_invert(model, prompts, image, steps=50, guidance=1.0, negative="", iterations=1):
+def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor, steps: int = 50,
+                iterations: int = 1) -> Iterator[Tensor]:  # fmt: skip
     """The noise from which DDIM draws the picture: a generator of x_t, upwards; the last is x_T.
 
-    With the same prompts, steps and guidance, `sample(..., x_T=x_T)` returns to the picture (2010.02502,
+    With the same prompts and steps, `sample(..., guidance=1, x_T=x_T)` returns to the picture (2010.02502,
     section 4.3).  A step up needs the prediction at its own end.  With one iteration it is made from the
     latents at its beginning; more approach the fixed point (2309.04907), whose way back is exact.
     """
@@ -122,19 +108,21 @@ def ddim_invert(model, prompts, image, steps=50, guidance=1.0, negative="", iter
     prompts, images = _batch(model, prompts, image)
     mean, _ = model.vae.encode(images.to(model.device, model.dtype))
     x = mean.float() * model.vae.config.scaling_factor
-    predict, ts = guided(model, prompts, guidance, negative), model.schedule.timesteps(steps)
-    stride = model.schedule.num_train_timesteps // steps
+    context = model.encode_prompts(prompts)
+    ts, stride = model.schedule.timesteps(steps), model.schedule.num_train_timesteps // steps
     for t in reversed(ts):
         x_t = x
         for _ in range(iterations):
-            _, eps = model.schedule.split(x_t, predict(x_t, t), t)
+            prediction = model.unet(x_t.to(model.dtype), t, context).float()
+            _, eps = model.schedule.split(x_t, prediction, t)
             x_t = model.schedule.ddim_inverse_step(x, eps, t - stride, t)
         x = x_t
         yield x
 
 
 @contextmanager
-def attention_maps(model, prompts, word, size=None):
+def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
+                   size: tuple[int, int] | None = None) -> Iterator[Tensor]:  # fmt: skip
     """Record where the pictures attend to `word` while they are drawn: `with … as heat`, (B, H, W).
 
     Once the block is left, `heat` is the mean of the probabilities softmax(q kᵀ / √d) (2208.01626, section

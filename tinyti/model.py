@@ -132,13 +132,15 @@ def sample(
     generator=None,
     size=None,
     x_T=None,
+    start=0,
 ):
     """Draw pictures for the prompts: a generator of x_t (B, C, H, W) after each step, the last is x_0.
 
     `guidance` is the scale of classifier-free guidance (2207.12598), against the prompt `negative`; at 1 or
     below there is none.  `generator`: one, or a list of one per prompt, whose pictures then do not depend on
     the batch.  `size`: pixels, (height, width) or one number, multiples of the VAE's factor times what the
-    UNet halves.  `x_T` (B, C, H, W) takes the place of the initial noise.  Decode with `model.decode`.
+    UNet halves.  `x_T` (B, C, H, W) takes the place of the initial noise, or is x_t where the first
+    `start` steps are skipped.  Decode with `model.decode`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if x_T is None:
@@ -146,24 +148,14 @@ def sample(
         shape = [(side or model.size) // model.vae.factor for side in (height, width)]
         x_T = randn((len(prompts), model.unet.config.in_channels, *shape), generator)
     x_T = x_T.to(model.device, model.dtype)
-    predict = guided(model, prompts, guidance, negative)
-    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator)
-
-
-def guided(model, prompts, guidance=7.5, negative=""):
-    """The function predict(x_t, t) of classifier-free guidance (2207.12598, eq. 6) towards the prompts.
-
-    `guidance` is its scale, against the prompt `negative`; at 1 or below there is none.
-    """
     context = model.encode_prompts(prompts)
     if guidance > 1:
         context = torch.cat([model.encode_prompts([negative] * len(prompts)), context])
 
     def predict(x_t, t):
-        x_t = x_t.to(model.dtype)
         if guidance <= 1:
             return model.unet(x_t, t, context)
         without, with_prompt = model.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
         return without + guidance * (with_prompt - without)
 
-    return predict
+    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator, start)
