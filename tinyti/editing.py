@@ -24,8 +24,8 @@ def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, 
                **options) -> Iterator[Tensor]:  # fmt: skip
     """Redraw a picture by SDEdit (2108.01073, algorithm 1): a generator of x_t (B, C, H/f, W/f).
 
-    The picture is noised for the share `strength` of the way and denoised from there towards the prompts; only
-    that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
+    The picture is noised for the share `strength` of the way and denoised from there towards the prompts;
+    only that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
     ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
     """
     prompts, images = _batch(model, prompts, image)
