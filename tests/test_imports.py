@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "compvis": {"checkpoint", *NETWORKS},
     "model": {"checkpoint", "compvis", "concept", "diffusion", "tokenizer", *NETWORKS},
     "inversion": {"model", *ALONE - {"layers"}},
-    "editing": {"model", *ALONE - {"layers"}},
+    "editing": {"model", "unet", *ALONE - {"layers"}},
     "metrics": {"model", "clip", "tokenizer"},
     "run": {"cli", "inversion", "model", *ALONE - {"layers"}},
     "cli": {"model", "inversion", "editing", "metrics", *ALONE - {"layers"}},

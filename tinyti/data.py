@@ -89,7 +89,7 @@ def read_image(file: str | Path, size: int | None = None) -> Image.Image:
                     raise Image.DecompressionBombError
                 if size and image.width * image.height > WHOLE_PIXELS:
                     image.draft(None, (2 * size, 2 * size))
-                picture = _to_rgb(image)
+                picture = to_rgb(image)
                 # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
                 turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
                 return picture if turn is None else picture.transpose(turn)
@@ -101,7 +101,8 @@ def read_image(file: str | Path, size: int | None = None) -> Image.Image:
         raise ValueError(f"{file}: cannot be read ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, white where it is transparent; ValueError for 32-bit values."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)  # (H, W)
         if image.mode == "F" or levels.min() < 0 or levels.max() >= 2**16:

@@ -131,6 +131,11 @@ class Schedule:
         x = math.sqrt(a_prev) * x_0 + math.sqrt(1 - a_prev - sigma**2) * eps
         return x + sigma * z if sigma > 0 else x
 
+    def ddim_inverse_step(self, x: Tensor, eps: Tensor, t_prev: int, t: int) -> Tensor:
+        """x at t_prev -> x at t, where ddim_step with this eps comes from (2010.02502, eq. 13)."""
+        a_prev, a = self._alpha_bar(t_prev), self._alpha_bar(t)
+        return math.sqrt(a / a_prev) * (x - math.sqrt(1 - a_prev) * eps) + math.sqrt(1 - a) * eps
+
     def ddpm_step(self, x_t: Tensor, prediction: Tensor, t: int, t_prev: int, z: Tensor) -> Tensor:
         """A draw from q(x at t_prev | x at t, x_0) (2006.11239, eq. 6 and 7); t_prev -1 is the picture."""
         x_0, _ = self.split(x_t, prediction, t)
