@@ -1,11 +1,16 @@
 """What several test files share."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import tinyti
+from tinyti import cli
+from tinyti.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
@@ -28,6 +33,34 @@ def relative_error(reference, result):
     """The largest difference, relative to the reference's scale."""
     assert reference.shape == result.shape
     return ((reference - result).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Runs of the two programs in this process take a miniature that is loaded once, and draw no previews."""
+    load_model = cli.load_model
+
+    def load_once(args):
+        if args.weights != str(TINY) or args.precision or args.device not in ("auto", "cpu"):
+            return load_model(args)
+        model = _tiny()
+        model.tokenizer.words.clear()
+        model.concepts.clear()
+        return model
+
+    def pictures(run, vectors, prompts):  # that tell vectors apart
+        level = int(vectors.abs().sum().item() * 1e4) % 256
+        return [Image.new("RGB", (16, 16), (level, i, 0)) for i in range(len(prompts))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load_model", load_once)
+        patch.setattr(Run, "pictures", pictures)
+        yield
+
+
+@functools.cache
+def _tiny():
+    return tinyti.load(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,20 @@ def test_gradients_reach_the_vectors_through_their_places_alone(concept):
     assert torch.equal(embeds.grad, weight * others[..., None])
 
 
+def test_every_sample_may_have_its_own_vectors(concept):
+    ids = torch.tensor([[3, V, V + 1, V], [V + 1, 2, 3, V + 2], [1, 2, 3, 4]])
+    embeds, own = random(3, 4, D), random(3, 2, D, seed=3).requires_grad_()
+    inserted = concept.insert(embeds, ids, own)
+    alone = [concept.insert(embeds[b : b + 1], ids[b : b + 1], own[b : b + 1]) for b in range(3)]
+    assert torch.equal(inserted, torch.cat(alone)) and torch.equal(inserted[1, 0], own[1, 1])
+    same = concept.insert(embeds, ids, concept.vectors.expand(3, 2, D))
+    assert torch.equal(same, concept.insert(embeds, ids))
+    (inserted * embeds).sum().backward()
+    assert torch.equal(own.grad[0], torch.stack([embeds[0, 1] + embeds[0, 3], embeds[0, 2]]))
+    assert torch.equal(own.grad[1, 1], embeds[1, 0]) and not own.grad[2].any()
+    assert concept.vectors.grad is None
+
+
 def test_a_prompt_without_the_word_gives_no_gradient(concept):
     concept.insert(random(1, 3, D), torch.tensor([[0, 1, V - 1]])).sum().backward()
     assert torch.equal(concept.vectors.grad, torch.zeros(2, D))
@@ -105,38 +119,38 @@ def test_one_step_moves_the_vectors(concept):
 
 def test_initial_copies_rows():
     rows = random(3, D)
-    assert torch.equal(Concept.initial("S*", [V], rows[:1]).vectors, rows[:1])
-    assert torch.equal(Concept.initial("S*", [V, V + 1, V + 2], rows).vectors, rows)
-    assert Concept.initial("S*", [V], rows[:1].half()).vectors.dtype == torch.float32
+    assert torch.equal(Concept.initial(rows[:1]), rows[:1])
+    assert torch.equal(Concept.initial(rows, 3), rows)
+    assert Concept.initial(rows[:1].half()).dtype == torch.float32
 
 
 def test_initial_averages_neighbouring_rows():
     rows = random(5, D)
-    whole = Concept.initial("S*", [V], rows).vectors
-    halves = Concept.initial("S*", [V, V + 1], rows).vectors
-    torch.testing.assert_close(whole.detach(), rows.mean(dim=0, keepdim=True))
-    torch.testing.assert_close(halves.detach(), torch.stack([rows[:2].mean(dim=0), rows[2:].mean(dim=0)]))
+    whole = Concept.initial(rows)
+    halves = Concept.initial(rows, 2)
+    torch.testing.assert_close(whole, rows.mean(dim=0, keepdim=True))
+    torch.testing.assert_close(halves, torch.stack([rows[:2].mean(dim=0), rows[2:].mean(dim=0)]))
 
 
 def test_initial_keeps_vectors_apart():
     rows = 0.4 * F.normalize(random(2, 768), dim=-1)
-    vectors = Concept.initial("S*", list(range(V, V + 5)), rows).vectors.detach()
+    vectors = Concept.initial(rows, 5)
     assert torch.equal(vectors[[0, 3]], rows)
     near = F.cosine_similarity(vectors, rows[[0, 0, 0, 1, 1]])
     assert ((near > 0.99) & (near < 1 + 1e-6)).all()
     assert (torch.pdist(vectors) > 0.03).all()
     torch.testing.assert_close((vectors[1] - rows[0]).norm(), torch.tensor(0.04))
-    assert torch.equal(vectors, Concept.initial("S*", list(range(V, V + 5)), rows).vectors)
-    assert not torch.equal(vectors, Concept.initial("S*", list(range(V, V + 5)), rows, seed=1).vectors)
+    assert torch.equal(vectors, Concept.initial(rows, 5))
+    assert not torch.equal(vectors, Concept.initial(rows, 5, seed=1))
 
 
 def test_initial_leaves_global_randomness_and_rows_alone():
     rows, state = random(1, D), torch.get_rng_state()
     before = rows.clone()
-    Concept.initial("S*", [V, V + 1], rows)
+    Concept.initial(rows, 2)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(rows, before)
     with pytest.raises(ValueError, match="at least one"):
-        Concept.initial("S*", [V], rows[:0])
+        Concept.initial(rows[:0])
 
 
 def test_norm():

@@ -1,10 +1,8 @@
 """Photos and prompts: odd pictures must come out as the eye sees them, and everything else must be named."""
 
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +64,8 @@ def test_exif_orientation(tmp_path, orientation, seen, suffix):
     assert all(near(colour, expected, 60) for colour, expected in zip(corners(image), seen))
 
 
-def test_orientation_survives_reduced_decoding(tmp_path):
+def test_orientation_survives_reduced_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WHOLE_PIXELS", 300_000)
     exif = Image.Exif()
     exif[0x0112] = 6
     marked((640, 480)).save(tmp_path / "x.jpg", exif=exif)
@@ -120,30 +119,6 @@ def test_transparent_colour_of_an_rgb_picture(tmp_path):
     assert corners(data.read_image(tmp_path / "x.png")) == [WHITE, GREEN, BLUE, WHITE]
 
 
-def chunk(name, content):
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-@pytest.mark.parametrize(
-    "image, background, options, expected",
-    [
-        (Image.new("RGBA", (4, 4)), struct.pack(">3H", 10, 20, 30), {}, (10, 20, 30)),
-        (Image.new("LA", (4, 4)), struct.pack(">H", 40), {}, (40, 40, 40)),
-        (Image.new("P", (4, 4), 1), bytes([2]), {"transparency": 1}, (7, 8, 9)),
-    ],
-    ids=["colour", "grey", "palette"],
-)
-def test_background_that_the_file_names(tmp_path, image, background, options, expected):
-    if image.mode == "P":
-        image.putpalette([1, 2, 3, 4, 5, 6, 7, 8, 9])
-    image.save(tmp_path / "x.png", **options)
-    whole = (tmp_path / "x.png").read_bytes()
-    pixels = whole.index(b"IDAT") - 4
-    (tmp_path / "x.png").write_bytes(whole[:pixels] + chunk(b"bKGD", background) + whole[pixels:])
-    assert data.read_image(tmp_path / "x.png").getpixel((0, 0)) == expected
-
-
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
     levels = np.linspace(0, 65535, 1000).astype(np.uint16)[None].repeat(2, 0)
@@ -151,19 +126,6 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
     got = np.asarray(data.read_image(tmp_path / f"x.{suffix}"))
     assert got.shape == (2, 1000, 3)
     assert abs(got - levels[..., None] / 257).max() <= 1
-
-
-def test_16_bit_colour_and_background(tmp_path):
-    row = np.array([[0, 32768, 65535, 65535], [9, 9, 9, 0]], ">u2")  # one pixel opaque, one transparent
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 6, 0, 0, 0)),
-        (b"bKGD", struct.pack(">3H", 65535, 32768, 0)),
-        (b"IDAT", zlib.compress(b"\0" + row.tobytes())),
-        (b"IEND", b""),
-    ]
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
-    image = data.read_image(tmp_path / "x.png")
-    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 128, 255), (255, 127, 0)]
 
 
 @pytest.mark.parametrize("array", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
@@ -262,11 +224,12 @@ print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_
     assert seconds < 30 and mebibytes < 1000
 
 
-def test_large_jpeg_is_decoded_at_a_smaller_size(tmp_path):
-    marked((1600, 1200)).save(tmp_path / "x.jpg")
-    assert data.read_image(tmp_path / "x.jpg").size == (1600, 1200)
-    assert data.read_image(tmp_path / "x.jpg", 64).size == (200, 150)
-    assert data.read_image(tmp_path / "x.jpg", 512).size == (1600, 1200)
+def test_only_a_huge_jpeg_is_decoded_at_a_smaller_size(tmp_path):
+    marked((5657, 4243)).save(tmp_path / "x.jpg")  # just above 24 megapixels
+    marked((1600, 1200)).save(tmp_path / "y.jpg")
+    assert data.read_image(tmp_path / "x.jpg").size == (5657, 4243)
+    assert data.read_image(tmp_path / "x.jpg", 512).size == (1415, 1061)
+    assert data.read_image(tmp_path / "y.jpg", 64).size == (1600, 1200)
 
 
 # a folder
@@ -280,6 +243,7 @@ def test_folder_with_all_sorts_of_things(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture has this name")
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\0\0\x10\0\0\0\x08\0")
     (tmp_path / "more").mkdir()
+    (tmp_path / "two\nlines.txt").write_text("a name on two lines")
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     whole = (tmp_path / "d.png").read_bytes()
     (tmp_path / "d.png").write_bytes(whole[: len(whole) // 2])
@@ -300,9 +264,9 @@ def test_folder_with_all_sorts_of_things(tmp_path):
         "f.png": "more than 12,000 x 9,000",
         "g.png": "more than 12,000 x 9,000",
         "h.eps": "not a picture",
-        "more": "not a file",
         "notes.txt": "not a picture",
         "pipe": "not a file",
+        "two lines.txt": "not a picture",
     }
     assert len(passed_over) == len(reasons)
     for line, (name, reason) in zip(passed_over, reasons.items()):
@@ -388,3 +352,6 @@ def test_bad_templates(tmp_path, content, found):
 def test_missing_templates(tmp_path):
     with pytest.raises(FileNotFoundError):
         data.read_templates(tmp_path / "none.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="not a file"):
+        data.read_templates(tmp_path / "pipe.txt")

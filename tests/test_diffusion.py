@@ -122,6 +122,15 @@ def test_a_list_of_generators_makes_each_sample_its_own():
         ({"clip_sample": True}, "clip_sample"),
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_end": 5}, "beta_start is 0.0001 and beta_end 5"),
+        ({"beta_start": float("nan")}, "beta_start is nan"),
+        ({"beta_start": 0.02, "beta_end": 0.01}, "they rise"),
+        ({"beta_end": "0.012"}, "beta_end is '0.012'"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule is"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),
+        ({"num_train_timesteps": 10.5}, "num_train_timesteps is 10.5"),
+        ({"steps_offset": 1000}, "steps_offset 1000"),
     ],
 )
 def test_unsupported_configurations_are_named(config, message):
@@ -135,3 +144,41 @@ def test_bad_requests_are_named():
         s.timesteps(1001)
     with pytest.raises(ValueError, match="sampler is 'euler'"):
         next(denoise(network, torch.zeros(1, 1), s, 10, "euler"))
+    with pytest.raises(ValueError, match="start is 10"):
+        next(denoise(network, torch.zeros(1, 1), s, 10, start=10))
+    with pytest.raises(ValueError, match="too many"):  # t = 1000, where the training ended at 999
+        Schedule(**SD, steps_offset=1).timesteps(1000)
+    with pytest.raises(ValueError, match="too many"):  # no room for the point behind the last
+        s.timesteps(1000, "dpm++")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_start_continues_a_walk(sampler):
+    s, x_T = Schedule(**SD), randn((1, 4, 8, 8), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    steps = denoise(network, x_T, s, 10, sampler, generator=generator)
+    whole = [next(steps) for _ in range(4)]
+    state = generator.get_state()
+    whole += list(steps)
+    again = denoise(network, whole[3], s, 10, sampler, generator=generator.set_state(state), start=4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], again, strict=True))
+
+
+def test_what_is_written_into_a_step_steers_the_walk():
+    s, x_T = Schedule(**SD), torch.ones(1, 4, 8, 8)
+    steps = denoise(network, x_T, s, 5)
+    next(steps).fill_(0.5)
+    assert torch.equal(next(steps), next(denoise(network, torch.full_like(x_T, 0.5), s, 5, start=1)))
+
+
+def test_the_state_keeps_its_precision_whatever_the_network_has():
+    def predict(x, t):
+        return network(x.bfloat16(), t)
+
+    x_T = randn((1, 4, 16, 16), torch.Generator().manual_seed(0))
+    *_, exact = denoise(network, x_T, Schedule(**SD), 50)
+    *_, kept = denoise(predict, x_T, Schedule(**SD), 50)
+    *_, rounded = denoise(predict, x_T.bfloat16(), Schedule(**SD), 50)
+    assert kept.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    errors = [(x.float() - exact).square().mean().sqrt() for x in (kept, rounded)]
+    assert errors[0] < errors[1] / 1.5

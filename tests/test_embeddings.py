@@ -1,13 +1,19 @@
-"""Learned words on disk.  Every file that a tool writes is made here by hand, from the table of its keys."""
+"""Learned words on disk: every format that is read is made here by hand, from the table of its keys; what is
+written is held to what other programs accept.
+"""
 
 import base64
 import errno
+import io
 import json
 import os
 import pickle
+import pickletools
+import random
+import re
 import subprocess
 import sys
-from pathlib import Path
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -20,44 +26,55 @@ from torch.testing import assert_close
 import tinyti
 from tinyti import embeddings
 
-ROOT = Path(__file__).parent.parent
+from .conftest import ROOT, TINY
+
 LAYERS = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(3, 12))]
+NOT_NAMED = "ignore:.*inside it is:UserWarning"  # a .pt under another name than the word's
 
 
 def vectors(n=2, width=768, seed=0):
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def official(path, words, old_torch=False, **extra):
+def save(path, contents):
+    (save_file if path.suffix == ".safetensors" else torch.save)(contents, path)
+
+
+def save_by_hand(path, tensors, metadata):
+    """A safetensors file in the given order; the library sorts."""
+    header, data = {"__metadata__": metadata}, b""
+    for key, tensor in tensors.items():
+        end = len(data) + 4 * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), end]}
+        data += tensor.numpy().tobytes()
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def official(path, words, old_torch=False):
     parameters = nn.ParameterDict({word: nn.Parameter(tensor) for word, tensor in words.items()})
     if old_torch:  # torch <= 1.11 had no such attribute, and its files leave items() without it
         del parameters.__dict__["_keys"]
         with pytest.raises(AttributeError):
             parameters.items()
     tokens = {word: torch.tensor(265 + i) for i, word in enumerate(words)}
-    torch.save({"string_to_token": tokens, "string_to_param": parameters, **extra}, path)
+    torch.save({"string_to_token": tokens, "string_to_param": parameters}, path)
 
 
-def picture(path, text, size=(64, 48)):
-    info = PngImagePlugin.PngInfo()
-    if text is not None:
-        info.add_text("sd-ti-embedding", text)
-    Image.new("RGB", size, "teal").save(path, pnginfo=info)
+def a1111(tensor, name="cat"):
+    about = {"step": 3000, "sd_checkpoint": "81761151", "sd_checkpoint_name": "v1-5-pruned"}
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": tensor}, "name": name, **about}
 
 
 def as_text(contents):
     return base64.b64encode(json.dumps(contents).encode()).decode()
 
 
-def a1111(tensor, name="cat"):
-    return {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": tensor},
-        "name": name,
-        "step": 3000,
-        "sd_checkpoint": "81761151",
-        "sd_checkpoint_name": "v1-5-pruned",
-    }
+def picture(path, text=None, format="PNG"):
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_text("sd-ti-embedding", text)
+    Image.new("RGB", (64, 48), "teal").save(path, format, pnginfo=info)
 
 
 def expect(words, name, tensor):
@@ -86,23 +103,33 @@ def test_official_file_of_several_words(tmp_path):
     assert_close(got["@"], words["@"], rtol=0, atol=0)
 
 
-def test_automatic1111_file_is_named_inside(tmp_path):
-    tensor = vectors(4, 1024)
-    torch.save(a1111(tensor, "cat"), tmp_path / "renamed.pt")
-    expect(embeddings.read(tmp_path / "renamed.pt"), "cat", tensor)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inner", ["cat", "", None, 7, ["a"], torch.zeros(2)], ids=repr)
+def test_automatic1111_file(tmp_path, inner):
+    torch.save(a1111(vectors(4, 1024), inner), tmp_path / "cat.pt")
+    expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors(4, 1024))
 
 
-def test_automatic1111_picture(tmp_path):
-    tensor = vectors(2)
-    picture(tmp_path / "x.png", as_text(a1111({"TORCHTENSOR": tensor.tolist()})))
-    expect(embeddings.read(tmp_path / "x.png"), "cat", tensor)
+@pytest.mark.parametrize("inner, shown", [("S*", "S*"), ("a\nb", r"a\nb")])
+def test_renamed_automatic1111_file_goes_by_the_files_name(tmp_path, inner, shown):
+    torch.save(a1111(vectors(), inner), tmp_path / "cat.pt")
+    with pytest.warns(UserWarning) as caught:
+        expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors())
+    [note] = [str(warning.message) for warning in caught]
+    assert "the word is cat, after the file" in note and note.endswith(f"inside it is {shown}")
+
+
+@pytest.mark.parametrize("inner, word", [("cat", "cat"), (None, "x")])
+def test_automatic1111_picture_goes_by_the_name_inside(tmp_path, inner, word):
+    picture(tmp_path / "x.png", as_text(a1111({"TORCHTENSOR": vectors().tolist()}, inner)))
+    expect(embeddings.read(tmp_path / "x.png"), word, vectors())
 
 
 @pytest.mark.parametrize("tensor", [vectors(1)[0], vectors(1), vectors(5)], ids=["1-D", "one", "five"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_diffusers_file(tmp_path, tensor, suffix):
     path = tmp_path / f"learned_embeds{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)({"<cat-toy>": tensor}, path)
+    save(path, {"<cat-toy>": tensor})
     expected = tensor if tensor.ndim == 2 else tensor[None]
     expect(embeddings.read(path), "<cat-toy>", expected)
     expect(embeddings.read(tmp_path), "<cat-toy>", expected)  # the folder
@@ -114,45 +141,38 @@ def test_folder_prefers_safetensors(tmp_path):
     assert list(embeddings.read(tmp_path)) == ["new"]
 
 
-@pytest.mark.parametrize("key", ["emb_params", "emp_params"])
+@pytest.mark.parametrize(
+    "keys", [["emb_params"], ["emp_params"], ["emp_params", "emp_params_out"], ["clip_l"]], ids="+".join
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_kohya_and_onetrainer_files_are_named_by_the_file(tmp_path, key, suffix):
-    tensor = vectors(2)
-    extra = {"emp_params_out": vectors(2, seed=1)} if key == "emp_params" else {}
+def test_files_without_names_go_by_their_own(tmp_path, keys, suffix):
+    """Of kohya, invoke-training, OneTrainer, and diffusers' train_dreambooth_lora_sd15_advanced.py."""
     path = tmp_path / f"my.cat{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)({key: tensor, **extra}, path)
-    expect(embeddings.read(path), "my.cat", tensor)
-
-
-def test_hcp_file(tmp_path):
-    tensor = vectors(2)
-    torch.save({"string_to_param": {"*": nn.Parameter(tensor)}, "name": "pt-cat"}, tmp_path / "x.pt")
-    expect(embeddings.read(tmp_path / "x.pt"), "pt-cat", tensor)
+    save(path, {key: vectors(2, seed=i) for i, key in enumerate(keys)})
+    expect(embeddings.read(path), "my.cat", vectors(2))
 
 
 def test_cloneofsimo_file_without_its_lora_weights(tmp_path):
-    words = {"<s1>": vectors(1)[0], "<s2>": vectors(1, seed=1)[0]}
-    lora = {"unet:0:up": torch.zeros(320, 4), "unet:0:down": torch.zeros(4, 320)}
-    marks = {"<s1>": "<embed>", "<s2>": "<embed>", "unet": "{}"}
-    save_file({**words, **lora}, tmp_path / "final_lora.safetensors", metadata=marks)
+    words = {f"<s{i}>": vectors(1, seed=i)[0] for i in (3, 1, 5, 2, 4)}
+    marks = {"unet": "{}", **dict.fromkeys(sorted(words), "<embed>")}
+    save_by_hand(tmp_path / "final_lora.safetensors", {"unet:0:up": torch.zeros(320, 4), **words}, marks)
     got = embeddings.read(tmp_path / "final_lora.safetensors")
-    assert {word: tuple(tensor.shape) for word, tensor in got.items()} == {"<s1>": (1, 768), "<s2>": (1, 768)}
-    assert_close(got["<s2>"][0], words["<s2>"], rtol=0, atol=0)
+    assert list(got) == list(words)  # in the file's order
+    assert all(torch.equal(got[word], words[word][None]) for word in words)
 
 
-def test_bare_tensor_is_named_by_the_file(tmp_path):
-    tensor = vectors(2)
-    torch.save(tensor, tmp_path / "cat.pt")
-    expect(embeddings.read(tmp_path / "cat.pt"), "cat", tensor)
+@pytest.mark.parametrize("contents", [{"string_to_param": {"*": nn.Parameter(vectors())}}, vectors()])
+def test_hcp_file_and_bare_tensor(tmp_path, contents):
+    torch.save(contents, tmp_path / "cat.pt")
+    expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors())
 
 
 def test_container_is_told_by_content_and_not_by_suffix(tmp_path):
-    tensor = vectors(1)
-    save_file({"a": tensor}, tmp_path / "a.pt")
-    torch.save({"b": tensor}, tmp_path / "b.safetensors")
-    torch.save({"c": tensor}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    save_file({"a": vectors(1)}, tmp_path / "a.pt")
+    torch.save({"b": vectors(1)}, tmp_path / "b.safetensors")
+    torch.save({"c": vectors(1)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for name, file in [("a", "a.pt"), ("b", "b.safetensors"), ("c", "c.pt")]:
-        expect(embeddings.read(tmp_path / file), name, tensor)
+        expect(embeddings.read(tmp_path / file), name, vectors(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -182,7 +202,7 @@ def refuse(path, *parts, error=ValueError):
     with pytest.raises(error) as caught:
         embeddings.read(path)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert message.isprintable() and str(path).split("\n")[0] in message and len(message) < 600
     for part in parts:
         assert part in message
 
@@ -192,6 +212,7 @@ def refuse(path, *parts, error=ValueError):
     [
         ({"clip_l": vectors(2), "clip_g": vectors(2, 1280)}, "SDXL"),
         ({"clip_g": vectors(2, 1280)}, "SDXL"),
+        ({"clip_l": vectors(2), "t5": vectors(2, 4096)}, "Flux"),
         ({name: vectors(1) for name in LAYERS}, "XTI"),
         ({"emp_params_out": vectors(2)}, "emp_params_out"),
         ({"a": vectors(1), "b": vectors(1, 1024)}, "widths [768, 1024]"),
@@ -200,47 +221,60 @@ def refuse(path, *parts, error=ValueError):
         ({"S*": torch.zeros(0, 768)}, "[0, 768]"),
         ({"S*": torch.tensor(1.0)}, "'S*' of the shape []"),
         ({"S*": torch.ones(768, dtype=torch.long)}, "torch.int64"),
+        ({"S*": torch.zeros(768).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
         ({"S*": torch.full((768,), float("nan"))}, "NaN"),
-        ({"S*": torch.full((768,), float("inf"))}, "NaN or infinity"),
+        ({"S*": torch.full((768,), 1e300, dtype=torch.float64)}, "NaN or infinity"),
         ({"S\n*": torch.zeros(768)}, r"'S\n*'"),
+        ({"S" * 10_000: torch.zeros(3, 3, 3)}, "SSS"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused_whatever_the_container(tmp_path, contents, found):
-    save_file(contents, tmp_path / "x.safetensors")
-    refuse(tmp_path / "x.safetensors", found, "expected a learned word")
-    torch.save(contents, tmp_path / "x.pt")
-    refuse(tmp_path / "x.pt", found, "expected a learned word")
+    for path in (tmp_path / "x.safetensors", tmp_path / "x.pt"):
+        save(path, contents)
+        refuse(path, found)
+
+
+class Rebuilt:
+    """Pickles as a tensor of one row's storage, of any size and strides."""
+
+    def __init__(self, *size_and_strides):
+        storage = vectors(1)._typed_storage()
+        self.arguments = (storage, 0, *size_and_strides, False, {})
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
 
 
 @pytest.mark.parametrize(
     "contents, found",
     [
         ({}, "no vectors"),
+        (None, "a NoneType"),
         ({"string_to_param": {}}, "no vectors"),
         ({"string_to_param": 3}, "no vectors"),
         ({"string_to_param": {"*": {"clip_L": vectors(1)}}}, "dict"),  # HCP-Diffusion for SDXL
         ({7: vectors(1)}, "the key 7"),
+        ({torch.zeros(9): vectors(1)}, "the key"),
         ([vectors(1)], "a list"),
         ({"S*": vectors(1).to_sparse()}, "float32"),
+        ({"S*": torch.empty(768, device="meta")}, "without its values"),
+        ({"S*": Rebuilt((2, 768), (768, 1))}, "damaged"),
+        ({"S*": Rebuilt((768,), (1000,))}, "damaged"),
+        ({"S*": Rebuilt((75, 10**9), (0, 0))}, "[75, 1000000000]"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused_pickles(tmp_path, contents, found):
     torch.save(contents, tmp_path / "x.pt")
     refuse(tmp_path / "x.pt", found)
 
 
-def test_one_word_with_the_name_of_a_layer_is_a_word(tmp_path):
-    save_file({"MID": vectors(1)}, tmp_path / "x.safetensors")
-    assert list(embeddings.read(tmp_path / "x.safetensors")) == ["MID"]
-
-
 def test_pair_of_files_for_sdxl(tmp_path):
     save_file({"S*": vectors(1)}, tmp_path / "learned_embeds.safetensors")
     save_file({"S*": vectors(1, 1280)}, tmp_path / "learned_embeds_2.safetensors")
-    refuse(tmp_path, "SDXL")
-    refuse(tmp_path / "learned_embeds.safetensors", "SDXL")
-    refuse(tmp_path / "learned_embeds_2.safetensors", "SDXL")
+    for name in ("", "learned_embeds.safetensors", "learned_embeds_2.safetensors"):
+        refuse(tmp_path / name, "SDXL")
 
 
 class Evil:
@@ -269,102 +303,226 @@ def test_code_in_a_pickle_never_runs(tmp_path):
         assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.png"])
-def test_truncated_files(tmp_path, name):
-    path = tmp_path / name
-    tensor = vectors(2, 16)
-    if name == "x.png":
-        picture(path, as_text(a1111({"TORCHTENSOR": tensor.tolist()})))
-    else:
-        embeddings.write(path, {"cat": tensor})
-    whole = path.read_bytes()
-    for length in [0, 1, 8, 9, 30, len(whole) // 2, len(whole) - 30]:
-        path.write_bytes(whole[:length])
-        refuse(path)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_pictures_that_lost_their_word(tmp_path, format):
+    picture(tmp_path / "x.png", format=format)
+    refuse(tmp_path / "x.png", "a picture without a word's data", "ask for the original")
 
 
 @pytest.mark.parametrize(
-    "text", [None, "not base64!", as_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0], [1.0, 2.0]]}}})]
+    "text",
+    [
+        "not base64!",
+        as_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0], [1.0, 2.0]]}}}),
+        as_text({"string_to_param": {"*": 3}, "name": ["a", "list"]}),
+        base64.b64encode(b"[" * 100_000).decode(),
+    ],
 )
-def test_pictures_without_a_word(tmp_path, text):
+def test_damaged_pictures(tmp_path, text):
     picture(tmp_path / "x.png", text)
-    refuse(tmp_path / "x.png", "picture")
+    refuse(tmp_path / "x.png", "damaged or unknown picture")
 
 
 def test_other_files(tmp_path):
     (tmp_path / "x.pt").write_text("just some text\n")
     refuse(tmp_path / "x.pt", "expected a learned word")
+    (tmp_path / "a\nb.pt").write_text("just some text\n")
+    refuse(tmp_path / "a\nb.pt", r"a\nb.pt: found")
     with open(tmp_path / "model.ckpt", "wb") as stream:
         stream.truncate(4 * 2**30)  # sparse: takes no room
     refuse(tmp_path / "model.ckpt", "4,096 MiB")
-    refuse(tmp_path / "none.pt", "No such file", error=FileNotFoundError)
+    refuse(tmp_path / "none\n.pt", "No such file", error=FileNotFoundError)
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "learned_embeds.safetensors", error=FileNotFoundError)
+
+
+def test_devices_and_pipes_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    for name in ("pipe.pt", "zero.pt"):
+        refuse(tmp_path / name, "a device or a pipe", error=FileNotFoundError)
+
+
+def damage(data, lot):
+    """A few bytes of it changed, lost or added, mostly near the beginning, where the structure is."""
+    data = bytearray(data)
+    for _ in range(lot.choice([1, 1, 2, 5])):
+        i = lot.randrange(min(len(data), lot.choice([400, 10**6]))) if data else 0
+        kind = lot.randrange(5)
+        if kind == 0:
+            del data[i:]
+        elif kind == 1:
+            del data[i : i + lot.randrange(1, 9)]
+        elif kind == 2:
+            data[i:i] = lot.randbytes(lot.randrange(1, 9))
+        elif kind == 3:
+            data[i : i + 1] = bytes([lot.choice(b'\0\xff{}[]",:09()RcbsqQhtK')])
+        else:
+            data[i : i + 4] = lot.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"])
+    return bytes(data)
+
+
+def damage_inside(data, lot):
+    """The same behind the container's checksum or length."""
+    if data.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(data)) as source:
+            entries = {name: source.read(name) for name in source.namelist()}
+        [name] = [name for name in entries if name.endswith("data.pkl")]
+        with zipfile.ZipFile(changed := io.BytesIO(), "w") as target:
+            for entry, content in (entries | {name: damage(entries[name], lot)}).items():
+                target.writestr(entry, content)
+        return changed.getvalue()
+    if data[8:9] == b"{":
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = damage(data[8:end], lot)
+        return len(header).to_bytes(8, "little") + header + data[end:]
+    if data.startswith(b"\x89PNG"):
+        text = Image.open(io.BytesIO(data)).text["sd-ti-embedding"]
+        picture(changed := io.BytesIO(), base64.b64encode(damage(base64.b64decode(text), lot)).decode())
+        return changed.getvalue()
+    return damage(data, lot)
+
+
+@pytest.mark.filterwarnings(NOT_NAMED)
+@pytest.mark.parametrize("kind", ["written", "pt", "legacy", "official", "cloneofsimo", "kohya", "picture"])
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
+    path, tensor, lot = tmp_path / "x.pt", vectors(2, 16), random.Random(kind)
+    match kind:
+        case "written":
+            embeddings.write(path, {"cat": tensor})
+        case "pt":
+            torch.save(a1111(tensor), path)
+        case "legacy":
+            torch.save(a1111(tensor), path, _use_new_zipfile_serialization=False)
+        case "official":
+            official(path, {"*": tensor})
+        case "cloneofsimo":
+            save_by_hand(path, {"<s1>": tensor[0], "<s2>": tensor[1], "up": tensor}, {"<s1>": "<embed>"})
+        case "kohya":
+            save_file({"emb_params": tensor}, path)
+        case "picture":
+            picture(path, as_text(a1111({"TORCHTENSOR": tensor.tolist()})))
+    whole = path.read_bytes()
+    cut_off = [whole[:length] for length in (0, 1, 8, 9, 30, len(whole) // 2, len(whole) - 30)]
+    changed = [lot.choice([damage, damage_inside])(whole, lot) for _ in range(100)]
+    refused = 0
+    for data in cut_off + changed:
+        path.write_bytes(data)
+        try:
+            words = embeddings.read(path)
+        except ValueError as error:
+            refused += 1
+            message = str(error)
+            assert message.startswith(f"{path}: found ") and message.isprintable() and len(message) < 600
+        else:
+            assert data not in cut_off
+            assert all(v.ndim == 2 and v.isfinite().all() for v in words.values())
+    assert refused > 50
 
 
 # writing
 
 
 @pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", ["learned_embeds.safetensors", "S*.pt"])
+@pytest.mark.filterwarnings("error")
+def test_what_is_written_is_read_back(tmp_path, name, n):
+    embeddings.write(tmp_path / name, {"S*": vectors(n)})
+    expect(embeddings.read(tmp_path / name), "S*", vectors(n))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_every_name_is_refused_or_read_back(tmp_path):
+    lot = random.Random(0)
+    letters = [*"aZ09*_<>.-/:{}\"'\\ é猫", "🐱", "\n", "\t", "\0", "\x7f", "\u200b", "\ud800", "\u2028"]
+    names = ["".join(lot.choices(letters, k=lot.randrange(6))) for _ in range(100)]
+    keys = re.findall(r'"(\w+)" in contents', (ROOT / "tinyti" / "embeddings.py").read_text())
+    assert len(keys) >= 4
+    kept = 0
+    for name in ["*", "MID", "IN01", "__metadata__", "clip_l", "clip_g", *keys, *names]:
+        try:
+            embeddings.check_name(name)
+        except ValueError as error:
+            assert str(error).isprintable()
+            with pytest.raises(ValueError):
+                embeddings.write(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+        else:
+            kept += 1
+            embeddings.write(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+            expect(embeddings.read(tmp_path / "x.safetensors"), name, vectors(1, 8))
+            assert name not in keys
+    assert 20 < kept < 100
+
+
+def test_automatic1111_allows_what_is_in_a_pt(tmp_path):
+    """Its modules/safe.py takes a zip with one folder, in it `data.pkl`, `version` and `data/` with numbered
+    files, and a pickle that names only a few classes; it refuses the rest as possibly malicious.
+    """
+
+    def allowed(path):
+        with zipfile.ZipFile(path) as file:
+            folders, names = zip(*(name.split("/", 1) for name in file.namelist()))
+            pickled = file.read(f"{folders[0]}/data.pkl")
+        classes = {argument for op, argument, _ in pickletools.genops(pickled) if op.name == "GLOBAL"}
+        assert classes == {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+        return len(set(folders)) == 1 and all(re.fullmatch(r"data\.pkl|version|data/\d+", n) for n in names)
+
+    for n in (1, 2, 8):
+        embeddings.write(tmp_path / "x.pt", {"S*": nn.Parameter(vectors(n))})
+        assert allowed(tmp_path / "x.pt")
+        contents = torch.load(tmp_path / "x.pt", weights_only=True)
+        torch.save(contents, tmp_path / "plain.pt")
+        assert not allowed(tmp_path / "plain.pt")  # of torch.save itself
+        assert contents["name"] == "S*" and contents["string_to_token"] == {"*": 265}
+        [(key, tensor)] = contents["string_to_param"].items()
+        assert type(contents["string_to_param"]) is dict and type(tensor) is torch.Tensor
+        assert key == "*" and torch.equal(tensor, vectors(n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_shapes_that_other_programs_read(tmp_path, n):
+    """AUTOMATIC1111, ComfyUI, diffusers and kohya's training take both forms, from the first tensor."""
+    for suffix in (".pt", ".safetensors"):
+        embeddings.write(tmp_path / f"x{suffix}", {"S*": vectors(n)})
+    [row_by_row] = torch.load(tmp_path / "x.pt", weights_only=True)["string_to_param"].values()
+    [tensor] = load_file(tmp_path / "x.safetensors").values()
+    assert row_by_row.shape == (n, 768) and tensor.shape == ((768,) if n == 1 else (n, 768))
+    # InvokeAI's list of models looks for the width, at the end of a .pt, at the beginning of a .safetensors;
+    # kohya's gen_img for the number of vectors, always at the beginning: hence the README's table
+    assert row_by_row.shape[-1] == 768 and (tensor.shape[0] == 768) == (n == 1)
+    assert row_by_row.shape[0] == n and (tensor.shape[0] == n) == (n > 1)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_what_is_written_is_read_back(tmp_path, suffix, n):
-    tensor = vectors(n)
-    embeddings.write(tmp_path / f"x{suffix}", {"S*": tensor})
-    expect(embeddings.read(tmp_path / f"x{suffix}"), "S*", tensor)
-    assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
-
-
-def test_a_star_alone_is_a_word_too(tmp_path):
-    embeddings.write(tmp_path / "x.safetensors", {"*": vectors(1)})
-    expect(embeddings.read(tmp_path / "x.safetensors"), "*", vectors(1))
-
-
-def test_one_vector_is_written_flat(tmp_path):
-    embeddings.write(tmp_path / "x.safetensors", {"S*": vectors(1), "two": vectors(2)})
-    contents = load_file(tmp_path / "x.safetensors")
-    assert contents["S*"].shape == (768,) and contents["two"].shape == (2, 768)
-
-
-def test_automatic1111_form_is_plain(tmp_path):
-    embeddings.write(tmp_path / "x.pt", {"cat": nn.Parameter(vectors(2))})
-    contents = torch.load(tmp_path / "x.pt", weights_only=True)  # no ParameterDict, no Parameter
-    assert contents["name"] == "cat" and contents["string_to_token"] == {"*": 265}
-    [(key, tensor)] = contents["string_to_param"].items()
-    assert type(contents["string_to_param"]) is dict and type(tensor) is torch.Tensor
-    assert key == "*" and tensor.shape == (2, 768)
-
-
-def test_a_row_of_a_table_is_written_without_the_table(tmp_path):
-    table = torch.zeros(5000, 768)
-    embeddings.write(tmp_path / "x.pt", {"S*": table[7:8]})
-    assert (tmp_path / "x.pt").stat().st_size < 10_000
-
-
-def test_same_words_give_the_same_bytes(tmp_path):
-    for suffix in [".safetensors", ".pt"]:
-        for name in ["a", "b"]:
-            embeddings.write(tmp_path / f"{name}{suffix}", {"S*": vectors(2)})
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
+    table = torch.cat([vectors(2), torch.zeros(5000, 768)])
+    embeddings.write(tmp_path / f"a{suffix}", {"S*": vectors(2)})
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    embeddings.write(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize(
     "name, words, found",
     [
         ("x.bin", {"S*": vectors(1)}, ".bin"),
-        ("x", {"S*": vectors(1)}, "end the name in"),
+        ("x", {"S*": vectors(1)}, "ends in .safetensors or .pt"),
         ("x.pt", {"a": vectors(1), "b": vectors(1)}, "2 words"),
         ("x.safetensors", {}, "0 words"),
         ("x.safetensors", {"S*": torch.full((1, 8), float("nan"))}, "NaN"),
-        ("x.safetensors", {"": vectors(1)}, "the key ''"),
+        ("x.safetensors", {"S*": torch.empty(8, device="meta")}, "without its values"),
+        ("x.safetensors", {"": vectors(1)}, "'' cannot be the name"),
+        ("x.pt", {"emb_params": vectors(1)}, "cannot be the name"),
+        ("none/x.pt", {"S*": vectors(1)}, "No such folder"),
     ],
 )
 def test_refuses_to_write(tmp_path, name, words, found):
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(FileNotFoundError if "folder" in found else ValueError, match=found):
         embeddings.write(tmp_path / name, words)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "x.safetensors"
     embeddings.write(path, {"S*": vectors(1)})
@@ -373,73 +531,88 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, step, full)
+    monkeypatch.setattr(embeddings if step == "open" else os, step, full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         embeddings.write(path, {"S*": vectors(1, seed=1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No such folder"):
-        embeddings.write(tmp_path / "none" / "x.pt", {"S*": vectors(1)})
+def test_failure_in_the_block_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), embeddings.atomic_write(path) as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-# what diffusers makes of it
+def test_what_a_killed_process_left_is_taken_over(tmp_path):
+    (tmp_path / ".x.pt.tmp").write_bytes(b"half" * 10_000)
+    embeddings.write(tmp_path / "x.pt", {"x": vectors(1)})
+    expect(embeddings.read(tmp_path / "x.pt"), "x", vectors(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+# what diffusers makes of names with capitals; tests/test_tiny.py has the pictures of the others
+
+
+@pytest.fixture
+def pipeline():
+    pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = "abcdefghijklmnopqrstuvwxyz*<>"
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(pieces),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    # the loader of learned words uses the tokenizer and the text encoder, nothing else
-    return diffusers.StableDiffusionPipeline(
-        vae=None,
-        unet=None,
-        scheduler=None,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder),
-        text_encoder=transformers.CLIPTextModel(config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_diffusers_loads_what_is_written(tmp_path, pipeline, suffix, n):
-    word = f"<cat{n}{suffix[1:]}>"
-    tensor = vectors(n, 16)
-    embeddings.write(tmp_path / f"x{suffix}", {word: tensor})
-    pipeline.load_textual_inversion(str(tmp_path), weight_name=f"x{suffix}")
+@pytest.mark.parametrize(
+    "word, n, warned",
+    [("S*", 1, False), ("S*", 2, True), ("<my-cat>", 2, False), ("<My-cat>", 8, True), ("é*", 2, False),
+     ("e\u0301*", 2, True), ("İ*", 2, True), ("猫ß", 2, False)],
+)  # fmt: skip
+def test_compatibility_warning_is_given_where_diffusers_drops_vectors(pipeline, word, n, warned):
+    warning = embeddings.compatibility_warning(word, n)
+    assert bool(warning) == warned
+    if warned:
+        assert f"first of the {n} vectors of {word}" in warning and f"{word} {word}_1" in warning
+    if pipeline.tokenizer.is_fast and n > 1:  # transformers 5
+        pipeline.load_textual_inversion(vectors(n, pipeline.text_encoder.config.hidden_size), token=word)
+        expanded = pipeline.maybe_convert_prompt(f"a {word}", pipeline.tokenizer)
+        assert (f"{word}_1" in expanded) == (not warned)
 
-    tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
-    prompt = pipeline.maybe_convert_prompt(f"a {word}", pipeline.tokenizer)
-    assert pipeline.tokenizer.tokenize(prompt) == ["a</w>", *tokens]
-    ids = pipeline.tokenizer.convert_tokens_to_ids(tokens)
-    rows = pipeline.text_encoder.get_input_embeddings().weight[ids]
-    assert_close(rows, tensor, rtol=0, atol=0)
+
+@pytest.mark.parametrize(
+    "name, options, prompt, same",
+    [
+        ("S*", {}, "a photo of S* in the snow", False),
+        ("<my-cat>", {}, "a photo of <my-cat> in the snow", True),
+        ("S*", {"token": "<s>"}, "a photo of <s> in the snow", True),
+        ("S*", {}, "a photo of S* S*_1 in the snow", True),
+    ],
+    ids=["as it is", "lower case", "token", "in the prompt"],
+)
+def test_ways_around_capitals_draw_the_picture(tmp_path, pipeline, name, options, prompt, same):
+    if not same and not pipeline.tokenizer.is_fast:
+        pytest.skip("transformers 4 has no such trouble")
+    model = tinyti.load(TINY)
+    rows = model.text.table[model.tokenizer.encode("red boat")]
+    embeddings.write(tmp_path / "learned_embeds.safetensors", {name: rows})
+    model.add_word("S*", rows)
+    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    *_, x_0 = tinyti.sample(model, "a photo of S* in the snow", steps=6, guidance=5.0, x_T=x_T)
+
+    pipeline.load_textual_inversion(str(tmp_path), weight_name="learned_embeds.safetensors", **options)
+    drawn = pipeline(prompt, num_inference_steps=6, latents=x_T, guidance_scale=5.0, output_type="pt").images
+    difference = (drawn - (model.decode(x_0) + 1) / 2).abs().max()
+    assert difference <= 1 / 255 if same else difference > 20 / 255
 
 
 # the command line
 
 
-def run(*arguments):
+def run(*arguments, **environment):
     command = [sys.executable, "-m", "tinyti.embeddings", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_command_line_shows_and_converts(tmp_path):
@@ -452,52 +625,56 @@ def test_command_line_shows_and_converts(tmp_path):
     expect(embeddings.read(tmp_path / "out.safetensors"), "cat", tensor)
 
 
+def test_command_line_prints_names_that_the_terminal_cannot(tmp_path):
+    embeddings.write(tmp_path / "x.safetensors", {"猫": vectors(1)})
+    result = run(tmp_path / "x.safetensors", PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith(r"\u732b: 1 x 768")
+
+
+def test_command_line_tells_what_to_mind(tmp_path, capsys):
+    torch.save(a1111(vectors(2), "S*"), tmp_path / "Cat.pt")
+    assert embeddings.main([str(tmp_path / "Cat.pt"), str(tmp_path / "out.safetensors")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Cat: 2 x 768")
+    after_the_file, capitals = err.splitlines()
+    assert "the word is Cat, after the file" in after_the_file and "inside it is S*" in after_the_file
+    assert capitals == f"WARNING: {embeddings.compatibility_warning('Cat', 2)}"
+
+
 def test_command_line_refuses_in_one_line(tmp_path):
-    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
-    result = run(tmp_path / "evil.pt", tmp_path / "out.pt")
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil\n.pt")
+    result = run(tmp_path / "evil\n.pt", tmp_path / "out.pt")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "system" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["evil\n.pt"]
 
 
 def test_command_line_overwrites_only_when_forced(tmp_path, capsys):
-    embeddings.write(tmp_path / "in.pt", {"cat": vectors(1)})
+    embeddings.write(tmp_path / "cat.pt", {"cat": vectors(1)})
     out = tmp_path / "out.pt"
     out.write_text("mine")
-    assert embeddings.main([str(tmp_path / "in.pt"), str(out)]) == 2
+    assert embeddings.main([str(tmp_path / "cat.pt"), str(out)]) == 2
     assert "--force" in capsys.readouterr().err and out.read_text() == "mine"
-    assert embeddings.main([str(tmp_path / "in.pt"), str(out), "--force"]) == 0
-    assert out.read_bytes() == (tmp_path / "in.pt").read_bytes()
-
-
-def test_command_line_without_a_file(tmp_path, capsys):
-    assert embeddings.main([str(tmp_path / "none.pt")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert embeddings.main([str(tmp_path / "cat.pt"), str(out), "--force"]) == 0
+    assert out.read_bytes() == (tmp_path / "cat.pt").read_bytes()
 
 
 def test_command_line_shows_the_nearest_words_of_a_model(tmp_path, capsys, monkeypatch):
     words = ["<pad>", "dog", "cat", "kitten"]
     table = torch.tensor([[0.6, 0.8, 0], [0, 0, 5.0], [2, 0, 0], [1, 1, 0]])
-
-    class Words:
-        def word_ids(self):
-            return [1, 2, 3]
-
-        def token(self, id):
-            return words[id]
-
-    model = SimpleNamespace(text=SimpleNamespace(table=table), tokenizer=Words())
+    tokenizer = SimpleNamespace(word_ids=lambda: [1, 2, 3], token=words.__getitem__)
+    model = SimpleNamespace(text=SimpleNamespace(table=table), tokenizer=tokenizer)
     monkeypatch.setattr(tinyti, "load", lambda path: model)
-    embeddings.write(tmp_path / "x.pt", {"S*": torch.tensor([[0.5, 0, 0], [1, 1, 0]])})
-    assert embeddings.main([str(tmp_path / "x.pt"), "--weights", "models/tiny"]) == 0
+    embeddings.write(tmp_path / "x.safetensors", {"S*": torch.tensor([[0.5, 0, 0], [1, 1, 0]])})
+    assert embeddings.main([str(tmp_path / "x.safetensors"), "--weights", "models/tiny"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "S*: 2 x 3, norm 0.500 1.414",
         "  near cat 1.00, kitten 0.71, dog 0.00",
         "  near kitten 1.00, cat 0.71, dog 0.00",
     ]
 
-    embeddings.write(tmp_path / "x.pt", {"S*": vectors(1)})
-    arguments = [str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), "--weights", "models/tiny"]
+    embeddings.write(tmp_path / "x.safetensors", {"S*": vectors(1)})
+    arguments = [str(tmp_path / "x.safetensors"), str(tmp_path / "out.pt"), "--weights", "models/tiny"]
     assert embeddings.main(arguments) == 2
-    assert "768 (SD1), but the model has 3" in capsys.readouterr().err
+    assert "768 (SD1); expected 3, the model's" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()

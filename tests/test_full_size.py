@@ -14,27 +14,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as TheirUNet
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tinyti import checkpoint
-from tinyti.clip import TextConfig
-from tinyti.ldmbert import LDMBertConfig
 from tinyti.unet import UNetConfig
 from tinyti.vae import VAEConfig
 
 from . import published
 from .conftest import ROOT, randomise, relative_error
-from .test_checkpoint import BERT, CLIP_TEXT, OPENCLIP, SD2_UNET, UNET, VAE, theirs_on_meta
+from .test_checkpoint import CLIP_TEXT, TEXTS, UNETS, VAE, theirs_on_meta
 
 pytestmark = pytest.mark.slow
 ERROR = 1e-5  # the largest, relative to the output's scale
-UNETS = {
-    "sd15": UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
-    "sd21": SD2_UNET,
-    "ldm": UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280},
-}
 
 
 def random_network(kind, raw):
@@ -49,7 +41,7 @@ def random_network(kind, raw):
 
 
 def ours(kind, raw, theirs):
-    config = checkpoint._config(kind, raw, "config.json")
+    config = checkpoint.read_config(kind, raw, "config.json")
     return checkpoint.build(
         config, {k.removeprefix("text_model."): w for k, w in theirs.state_dict().items()}
     )
@@ -87,13 +79,6 @@ def test_vae():
     assert relative_error(wanted.std, std) <= ERROR
     z = torch.randn(1, 4, 12, 8, generator=generator)
     assert relative_error(theirs.decode(z).sample, vae.decode(z)) <= ERROR
-
-
-TEXTS = {
-    "sd15": (TextConfig, CLIPTextModel, CLIP_TEXT),
-    "sd21": (TextConfig, CLIPTextModel, OPENCLIP),
-    "ldm": (LDMBertConfig, LDMBertModel, BERT),
-}
 
 
 @torch.no_grad()

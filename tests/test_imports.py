@@ -7,15 +7,19 @@ import pytest
 
 from .conftest import ROOT
 
-ALONE = {"layers", "diffusion", "concept", "tokenizer", "data", "embeddings"}  # stand on their own
+ALONE = {"layers", "diffusion", "concept", "tokenizer", "data", "embeddings", "whitened"}
 NETWORKS = {"clip", "ldmbert", "vae", "unet"}
 MAY_IMPORT = {
     **{name: set() for name in ALONE},
     **{name: {"layers"} for name in NETWORKS},
     "checkpoint": NETWORKS,
-    "model": {"checkpoint", "concept", "diffusion", "tokenizer", *NETWORKS},
-    "inversion": {"model", "concept", "data", "diffusion"},
-    "metrics": {"model"},
+    "compvis": {"checkpoint", *NETWORKS},
+    "model": {"checkpoint", "compvis", "concept", "diffusion", "tokenizer", *NETWORKS},
+    "inversion": {"model", *ALONE - {"layers"}},
+    "editing": {"model", "unet", *ALONE - {"layers"}},
+    "metrics": {"model", "clip", "tokenizer"},
+    "run": {"cli", "inversion", "model", *ALONE - {"layers"}},
+    "cli": {"model", "inversion", "editing", "metrics", *ALONE - {"layers"}},
 }
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}
 FILES = sorted((ROOT / "tinyti").glob("*.py"))

@@ -1,6 +1,7 @@
 """The loop: what it changes and what it does not, and that every way through it is the same way."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,9 +9,23 @@ import torch
 import tinyti
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, read_folder
-from tinyti.inversion import Subject, choose_start, converged, evaluate, invert, losses, make_subject, trouble
+from tinyti.inversion import (
+    CAP,
+    EVALUATE_EVERY,
+    Inversion,
+    converged,
+    diagnose,
+    draw,
+    evaluate,
+    invert,
+    losses,
+    make_examples,
+    timestep_at,
+)
 
 from .conftest import CONCEPTS, TINY
+
+SIZE = 32
 
 
 @pytest.fixture(scope="module")
@@ -18,24 +33,28 @@ def model():
     return tinyti.load(TINY)
 
 
-def learn(model, name="cat", token="S*", steps=4, state=None, start="cat", **options):
-    """A fresh subject, trained for some steps: -> subject, steps."""
-    work = model if isinstance(model, list) else [(model, name, token)]
-    subjects = []
-    work[0][0].tokenizer.words.clear()
-    work[0][0].concepts.clear()
-    for m, folder, word in work:
-        ids = m.tokenizer.add(word)
-        row = m.text.table[m.tokenizer.encode(start)]
-        m.concepts[word] = Concept.initial(word, ids, row)
-        photos, _ = read_folder(CONCEPTS / folder, m.size)
-        subjects.append(make_subject(m, m.concepts[word], photos, OBJECT_TEMPLATES))
+@pytest.fixture(scope="module")
+def examples(model):
+    photos, _ = read_folder(CONCEPTS / "cat", SIZE)
+    return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
+
+
+def begin(model, n=1, start="cat", **options):
+    """A fresh word."""
+    model.tokenizer.words.clear()
+    model.concepts.clear()
+    rows = model.text.table[[model.tokenizer.single(start)]]
+    return Inversion(model, model.add_word("S*", Concept.initial(rows, n)), **options)
+
+
+def learn(model, examples, steps=4, state=None, n=1, optimizer="whitened", lr=None, **options):
+    """A fresh word, or one of a state, trained for some steps."""
+    word = begin(model, n, optimizer=optimizer, lr=lr)
     if state:
-        subjects[0].load_state_dict(state)
-    taken = list(
-        invert(work[0][0], subjects, steps=steps, **{"batch_size": 4, "early_stop": False, **options})
-    )
-    return (subjects if isinstance(model, list) else subjects[0]), taken
+        word.load_state_dict(state)
+    for _ in invert(model, word, examples, steps, **{"batch_size": 3} | options):
+        pass
+    return word
 
 
 def tensors(model):
@@ -43,175 +62,208 @@ def tensors(model):
     return {f"{n}.{k}": v.clone() for n, part in parts.items() for k, v in part.state_dict().items()}
 
 
-def test_nothing_but_the_vector_is_trained(model):
+def test_nothing_but_the_vector_is_trained(model, examples):
     before = tensors(model)
-    subject, taken = learn(model, steps=3)
+    word = learn(model, examples, steps=2)
     after = tensors(model)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     for part in (model.text, model.vae, model.unet):
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
-    vectors = subject.concept.vectors
+    vectors = word.concept.vectors
     assert vectors.dtype == torch.float32 and vectors.shape == (1, model.text.table.shape[1])
-    assert not torch.equal(vectors, subject.start)
-    assert [step.number for step in taken] == [1, 2, 3] and all(step.gradient > 0 for step in taken)
+    assert torch.equal(vectors, word.word) and not torch.equal(vectors, word.start)
+    assert word.step == 2 and len(word.log) == 2 and all((row > 0).all() for row in word.log)
 
 
-def test_the_loss_is_equation_2(model):
+def test_the_loss_is_equation_2(model, examples):
     """Written out once more, for one sample."""
-    subject, _ = learn(model, steps=1)
-    x_0, eps, t = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), torch.tensor([700])
+    word = begin(model)
+    x_0, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([700])
     ids = model.tokenizer(["a photo of a S*"])
     embeds = model.text.embed(ids)
-    place = (ids == subject.concept.ids[0]).nonzero()[0, 1]
-    embeds[0, place] = subject.concept.vectors[0].detach()
+    place = (ids == word.concept.ids[0]).nonzero()[0, 1]
+    embeds[0, place] = word.concept.vectors[0].detach()
     a = model.schedule.alpha_bar[700].float()
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
     by_hand = (eps - model.unet(x_t, 700, model.text(embeds))).square().mean()
     assert losses(model, x_0, eps, t, ["a photo of a S*"]).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_the_gradient_is_that_of_the_loss(model):
+def batch(model, examples, size=3):
+    x_0, eps, u, prompts = draw(examples, size, torch.Generator().manual_seed(0))
+    return x_0, eps, timestep_at(u, model, (0.25, 0.95)), prompts
+
+
+def test_the_gradient_is_that_of_the_loss(model, examples):
     """Along its own direction, against a central difference."""
-    subject, _ = learn(model, steps=1)
-    vectors = subject.concept.vectors
-    generator = torch.Generator().manual_seed(0)
-    x_0, eps = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 4, 16, 16, generator=generator)
-
-    def loss():
-        return losses(model, x_0, eps, torch.tensor([300, 800]), ["a photo of S*", "my S*"]).mean()
-
-    (gradient,) = torch.autograd.grad(loss(), vectors)
-    direction = gradient / gradient.norm()
+    word = begin(model)
+    (gradient,) = torch.autograd.grad(losses(model, *batch(model, examples)).mean(), word.concept.vectors)
     h, values = 1e-2, []
-    here = vectors.detach().clone()
     for sign in (1, -1):
-        subject.put(here + sign * h * direction)
-        values.append(loss().item())
+        word.show(word.start + sign * h * gradient / gradient.norm())
+        values.append(losses(model, *batch(model, examples)).mean().item())
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
-def test_resuming_is_exact(model):
-    straight, _ = learn(model, steps=6)
-    half, _ = learn(model, steps=3)
-    state = copy.deepcopy(half.state_dict())
-    rest, taken = learn(model, steps=6, state=state)
-    assert [step.number for step in taken] == [4, 5, 6]
+def test_the_gradients_of_one_backward_pass_are_those_of_one_for_each_sample(model, examples):
+    word = begin(model, n=2)
+    x_0, eps, t, prompts = batch(model, examples)
+    copies = word.path.expand(3, -1, -1).clone().requires_grad_()
+    losses(model, x_0, eps, t, prompts, {"S*": copies}).sum().backward()
+    for i in range(3):
+        row = slice(i, i + 1)
+        loss = losses(model, x_0[row], eps[row], t[row], prompts[row]).sum()
+        (alone,) = torch.autograd.grad(loss, word.concept.vectors)
+        torch.testing.assert_close(copies.grad[i], alone, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(copies.grad[0], copies.grad[1], rtol=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["whitened", "adam"])
+def test_resuming_is_exact(model, examples, optimizer):
+    straight = learn(model, examples, steps=6, optimizer=optimizer)
+    half = learn(model, examples, steps=3, optimizer=optimizer)
+    rest = learn(model, examples, 6, copy.deepcopy(half.state_dict()), optimizer=optimizer)
     assert torch.equal(rest.concept.vectors, straight.concept.vectors)
-    assert torch.equal(rest.start, straight.start)
+    assert rest.evaluations == straight.evaluations and torch.equal(rest.start, straight.start)
+    assert torch.equal(torch.stack(rest.log), torch.stack(straight.log))
 
 
-def test_the_word_is_an_average_of_the_path(model):
-    subject, _ = learn(model, steps=0)
-    points, word = [], subject.concept.vectors.detach().clone()
-    for step in invert(model, [subject], steps=4, batch_size=4):
-        points.append(subject.path)
-        word = word.lerp(subject.path, 2 / (step.number + 1))
-        assert torch.allclose(subject.concept.vectors, word, atol=1e-6)
+@pytest.mark.parametrize("optimizer", ["whitened", "adam"])
+def test_a_resumed_word_takes_the_learning_rate_it_is_given(model, examples, optimizer):
+    state = learn(model, examples, steps=2, optimizer=optimizer).state_dict()
+    moved = []
+    for lr in (1e-3, 1e-2):
+        word = learn(model, examples, 3, copy.deepcopy(state), optimizer=optimizer, lr=lr)
+        moved.append((word.path - state["path"]).norm().item())
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
+def test_the_word_is_an_average_of_the_path(model, examples):
+    word = begin(model)
+    average, points = word.word, []
+    for _ in invert(model, word, examples, steps=4, batch_size=2):
+        points.append(word.path)
+        average = average.lerp(word.path, 2 / (word.step + 1))
+        assert torch.allclose(word.concept.vectors, average, atol=1e-6)
     assert len({tuple(point.flatten().tolist()) for point in points}) == 4
-    assert not torch.equal(subject.concept.vectors, subject.path)
+    assert not torch.equal(word.word, word.path)
 
 
-def test_a_step_cut_off_half_way_leaves_no_trace(model, monkeypatch):
-    straight, _ = learn(model, steps=4)
-    subject, _ = learn(model, steps=2)
+def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
+    """Ctrl-C inside of the optimizer, before the evaluation, and between the step and what shows it."""
+    straight = learn(model, examples, steps=EVALUATE_EVERY + 1)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
-        list(invert(model, [subject], steps=4, batch_size=4))
-    rest, _ = learn(model, steps=4, state=copy.deepcopy(subject.state_dict()))
-    assert torch.equal(rest.concept.vectors, straight.concept.vectors)
+    for place in (
+        "tinyti.whitened.F.normalize",
+        "tinyti.inversion.evaluate",
+        "tinyti.inversion.Inversion.show",
+    ):
+        word = begin(model)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in invert(model, word, examples, steps=EVALUATE_EVERY, batch_size=3):
+                if word.step == EVALUATE_EVERY - 1:
+                    monkeypatch.setattr(place, interrupt)
+        monkeypatch.undo()
+        rest = learn(model, examples, EVALUATE_EVERY + 1, copy.deepcopy(word.state_dict()))
+        assert torch.equal(rest.word, straight.word) and rest.evaluations == straight.evaluations
 
 
-def test_words_learned_side_by_side_are_those_learned_alone(model):
-    together, taken = learn([(model, "dog", "D*"), (model, "cat", "C*")], steps=3)
-    assert [(s.subject.concept.name, s.number) for s in taken[:4]] == [
-        ("D*", 1),
-        ("C*", 1),
-        ("D*", 2),
-        ("C*", 2),
-    ]
-    for subject, folder in zip(together, ("dog", "cat")):
-        alone, _ = learn(model, folder, subject.concept.name, steps=3)
-        assert torch.allclose(alone.concept.vectors, subject.concept.vectors, atol=1e-6)
+@pytest.mark.parametrize("parts", [2, 5])
+def test_accumulating_changes_rounding_only(model, examples, parts):
+    whole, in_parts = learn(model, examples, 3), learn(model, examples, 3, accumulate=parts)
+    assert torch.allclose(whole.word, in_parts.word, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_accumulating_changes_rounding_only(model, parts):
-    whole, _ = learn(model, steps=3)
-    in_parts, _ = learn(model, steps=3, accumulate=parts)
-    assert torch.allclose(whole.concept.vectors, in_parts.concept.vectors, atol=1e-4)
+@pytest.mark.parametrize("span", [(0, 1), (0.25, 0.95), (0.5, 0.6), (0.99999999, 1)])
+def test_the_timesteps_lie_in_the_span(model, span):
+    t = timestep_at(torch.linspace(0, 1 - 2**-24, 1000), model, span)
+    low, high = span
+    assert math.floor(1000 * low) == t.min() and t.max() == math.ceil(1000 * high) - 1
 
 
-def test_the_timesteps_lie_in_the_span(model, monkeypatch):
-    seen = []
-    add_noise = type(model.schedule).add_noise
-
-    def spy(schedule, x_0, eps, t):
-        seen.extend(t.tolist())
-        return add_noise(schedule, x_0, eps, t)
-
-    monkeypatch.setattr(type(model.schedule), "add_noise", spy)
-    for span in ((0, 1), (0.25, 0.95), (0.5, 0.6)):
-        seen.clear()
-        learn(model, steps=3, batch_size=16, span=span)
-        low, high = (round(1000 * end) for end in span)
-        assert low <= min(seen) and max(seen) < high and max(seen) - min(seen) > 0.8 * (high - low)
+def test_the_seed_decides(model, examples):
+    a, b, c = (learn(model, examples, 2, seed=seed) for seed in (0, 0, 2**32 - 1))
+    assert torch.equal(a.word, b.word) and not torch.equal(a.word, c.word)
 
 
-def test_the_seed_decides(model):
-    a, _ = learn(model, steps=2)
-    b, _ = learn(model, steps=2)
-    c, _ = learn(model, steps=2, seed=1)
-    assert torch.equal(a.concept.vectors, b.concept.vectors)
-    assert not torch.equal(a.concept.vectors, c.concept.vectors)
+def test_the_evaluation_is_fixed_and_falls(model, examples):
+    word = learn(model, examples, steps=12, batch_size=4)
+    assert len(word.evaluations) == 1 + 12 // EVALUATE_EVERY
+    assert evaluate(model, examples) == evaluate(model, examples)
+    assert word.evaluations[-1] < word.evaluations[0] and diagnose(word) is None
 
 
-def test_the_evaluation_is_fixed_and_falls(model):
-    subject, _ = learn(model, steps=30, evaluate_every=10, batch_size=8)
-    assert len(subject.evaluations) == 4  # at the start and every ten steps
-    assert evaluate(model, subject) == subject.evaluations[-1]
-    assert subject.evaluations[-1] < subject.evaluations[0]
-    assert trouble(subject) is None
-
-
-@pytest.mark.parametrize("name", ["fish", "mushroom", "car"])
-def test_the_start_word_is_the_things_own(model, name):
-    subject, _ = learn(model, name, steps=0)
-    before = subject.concept.vectors.clone()
-    found = choose_start(model, subject, ["cat", "fish", "mushroom", "car", "notaword"])
-    assert next(iter(found)) == name
-    assert "notaword" not in found and sorted(found.values()) == list(found.values())
-    assert torch.equal(subject.concept.vectors, before)
+def test_whitened_vectors_stay_under_the_cap(model, examples):
+    word = learn(model, examples, steps=3, lr=1.0)
+    assert word.path.norm().item() == pytest.approx(CAP * model.text.table.norm(dim=-1).median().item())
 
 
 def test_converged():
-    falling = [1 - 0.02 * i for i in range(30)]
+    falling = [1 - 0.02 * i for i in range(60)]
     assert not converged(falling)
-    assert converged(falling + [falling[-1]] * 12)
+    assert converged(falling + [falling[-1]] * 24)
     assert not converged([1.0] * 5)
 
 
-def subject_with(evaluations, moved=1.0):
-    concept = Concept("S*", torch.ones(1, 4), [9])
-    one = Subject(concept, None, None, [], torch.ones(1, 4), evaluations=evaluations)
-    one.put(torch.full((1, 4), moved))
-    return one
+def test_an_overflow_of_fp16_costs_a_batch_and_half_of_the_scale(model):
+    word = begin(model)
+    word.scale = 2.0**16
+    gradients = torch.randn(2, *word.path.shape)
+    word.move(gradients * float("inf"), torch.ones(2))
+    assert word.scale == 2.0**15 and word.step == 1 and torch.equal(word.word, word.start)
+    word.move(gradients, torch.ones(2))
+    assert word.scale == 2.0**15 and word.is_finite is not None and not torch.equal(word.word, word.start)
 
 
-def test_trouble_is_named():
-    assert trouble(subject_with([1.0, 0.9], moved=2.0)) is None
-    assert "not fallen" in trouble(subject_with([1.0, 1.1], moved=2.0))
-    assert "not moved" in trouble(subject_with([1.0, 0.9]))
-    assert "not a number" in trouble(subject_with([1.0, float("nan")], moved=2.0))
-    assert "not a number" in trouble(subject_with([1.0, 0.9], moved=float("nan")))
+def test_a_word_that_learned_nothing_is_diagnosed(model):
+    word = begin(model)
+    for moved, evaluations, expected in [
+        (1.0, [1.0, 0.9], None), (1.0, [1.0, 1.1], "not fallen"), (0.0, [1.0, 0.9], "not moved"),
+        (1.0, [1.0, math.nan], "not a number"), (math.nan, [1.0, 0.9], "not a number"),
+    ]:  # fmt: skip
+        word.word, word.evaluations = word.start + moved, evaluations
+        found = diagnose(word)
+        assert found is None if expected is None else expected in found
+
+
+def test_a_state_that_is_not_whole_is_refused_and_changes_nothing(model, examples):
+    good = learn(model, examples, steps=2).state_dict()
+    word = begin(model)
+    before = copy.deepcopy(word.state_dict())
+    bad = [None, [], {}, {"step": 2}, good | {"more": 1}]
+    bad += [{k: v for k, v in good.items() if k != name} for name in good]
+    for name in good:
+        bad += [
+            good | {name: value} for value in (None, "text", -1, math.nan, torch.ones(2), [math.nan], [[]])
+        ]
+    for name, value in good["optimizer"].items():
+        wrong = (
+            [value.double(), value * math.nan, value[..., :-1], value.to_sparse()]
+            if name != "steps"
+            else ["2"]
+        )
+        bad += [good | {"optimizer": good["optimizer"] | {name: x}} for x in wrong]
+    for state in bad:
+        with pytest.raises(ValueError):
+            word.load_state_dict(copy.deepcopy(state))
+        after = word.state_dict()
+        assert all(torch.equal(after[k], before[k]) for k in ("start", "path", "word")) and after["step"] == 0
+    word.load_state_dict(good)
+    assert word.step == 2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype):
-    subject, _ = learn(tinyti.load(TINY, "cuda", dtype), steps=30, batch_size=8)
-    assert trouble(subject) is None
+def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
+    there = tinyti.load(TINY, "cuda", dtype)
+    on_gpu = make_examples(there, "S*", read_folder(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
+    word = learn(there, on_gpu, steps=30, batch_size=8)
+    assert diagnose(word) is None
+    here = learn(model, examples, 32, copy.deepcopy(word.state_dict()))
+    assert here.step == 32 and here.word.device.type == "cpu"
+    back = learn(there, on_gpu, 34, copy.deepcopy(here.state_dict()), batch_size=8)
+    assert back.word.device.type == "cuda" and diagnose(back) is None

@@ -28,7 +28,7 @@ UNETS = {
 def ours(kind, their_model, strip=""):
     """Our network, built from the configuration and the weights that theirs would save."""
     raw = their_model.config.to_dict() if hasattr(their_model.config, "to_dict") else dict(their_model.config)
-    config = checkpoint._config(kind, raw, "config.json")
+    config = checkpoint.read_config(kind, raw, "config.json")
     return checkpoint.build(
         config, {k.removeprefix(strip): w.clone() for k, w in their_model.state_dict().items()}
     )

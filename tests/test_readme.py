@@ -32,7 +32,7 @@ def test_command(command):
     words = shlex.split(command)
     if "train.py" in words:
         args = train_py.arguments(words[words.index("train.py") + 1 :])
-        bundled = [folder for folder in args.images if folder.startswith("concepts/")]
+        bundled = [folder for folder in [args.images] if folder.startswith("concepts/")]
         assert all((ROOT / folder).is_dir() for folder in bundled) and (bundled or args.weights != str(TINY))
     elif "sample.py" in words:
         assert sample_py.arguments(words[words.index("sample.py") + 1 :]).words

@@ -42,18 +42,8 @@ BLOCKS = [
     range(0x4E00, 0x4F00), range(0x1F300, 0x1F700), range(0xD800), range(0xE000, 0x110000),
 ]  # fmt: skip
 FRAGMENTS = [
-    "cat",
-    " a photo ",
-    "'s",
-    "'LL",
-    "!",
-    "<|endoftext|>",
-    "<|EndOfText|>",
-    "[SEP]",
-    "##s",
-    "\u200d",
-    "  ",
-]
+    "cat", " a photo ", "'s", "'LL", "!", "<|endoftext|>", "<|EndOfText|>", "[SEP]", "##s", "\u200d", "  ",
+]  # fmt: skip
 
 
 def random_texts(count, seed):
@@ -372,6 +362,18 @@ def test_whole_words(folders, byte_pairs):
     )
 
 
+def test_single_entries(folders, tokenizer, byte_pairs):
+    vocab, _ = byte_pairs
+    assert [tokenizer.single(word) for word in ("cat", "CAT", "a", "café")] == [
+        vocab[entry] for entry in ("cat</w>", "cat</w>", "a</w>", "cafÃ©</w>")
+    ]
+    for word in ("", "catphotoq", "cat's", "a cat", "!", "1", "<|endoftext|>"):
+        assert tokenizer.single(word) is None
+    bert = Tokenizer.from_folder(folders["bert"])
+    assert bert.token(bert.single("Photo")) == "photo"
+    assert bert.single("photox") is None and bert.single("\N{HIRAGANA LETTER A}") is None  # [UNK]
+
+
 def test_missing_vocabulary(tmp_path, byte_pairs):
     with pytest.raises(FileNotFoundError, match=r"found nothing, expected tokenizer\.json.*weights/README"):
         Tokenizer.from_folder(tmp_path / "nowhere")
@@ -396,6 +398,15 @@ def test_missing_vocabulary(tmp_path, byte_pairs):
     ("tokenizer_config.json", "", r"tokenizer_config\.json is not readable as JSON"),
     ("special_tokens_map.json", '{"pad_token": "<pad>"}', "pad_token '<pad>' is not in the vocabulary"),
     ("special_tokens_map.json", '{"unk_token": "<unk>"}', "unk_token '<unk>' is not in the vocabulary"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": []}', "does not describe a tokenizer"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "does not describe a tok"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": 5}}}', "does not describe a tok"),
+    ("tokenizer_config.json", '{"model_max_length": "many"}', "does not describe a tokenizer"),
+    ("tokenizer_config.json", '{"model_max_length": 2}', "model_max_length is 2"),
+    ("special_tokens_map.json", '{"bos_token": [1]}', "does not describe a tokenizer"),
+    ("vocab.json", "[" * 100_000, "does not describe a tokenizer"),
+    ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": 5}}', "does not describe a tokenizer"),
+    ("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [7]}', "does not describe a tok"),
     ("tokenizer.json", "{", r"tokenizer\.json is not readable as JSON"),
     ("tokenizer.json", '{"version": "1.0"}', "damaged vocabulary"),
     ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "damaged vocabulary"),

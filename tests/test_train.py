@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user runs them: what they write, what survives, what they refuse."""
+"""train.py as a user runs it: what it writes, what survives, what it refuses."""
 
 import csv
 import errno
@@ -10,41 +10,39 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample as sample_py
 import train as train_py
+from tinyti import cli, embeddings
+from tinyti.data import OBJECT_TEMPLATES
 
 from .conftest import CONCEPTS, ROOT
 
-FEW = [
-    "--steps",
-    "4",
-    "--batch-size",
-    "2",
-    "--init",
-    "cat",
-    "--save-every",
-    "2",
-    "--no-early-stop",
-    "--device",
-    "cpu",
-]
+pytestmark = pytest.mark.usefixtures("loaded")
+
+CAT = ["--images", str(CONCEPTS / "cat"), "--token", "S*"]
+FEW = ["--steps", "6", "--batch-size", "2", "--size", "16", "--save-every", "2", "--device", "cpu"]
+PICTURES = train_py.Run.pictures  # before "loaded" takes its place
+VIEWS = ("learned_embeds.safetensors", "log.csv", "progress.png", "settings.json")
 
 
 def train(*args):
     return train_py.main([*map(str, args)])
 
 
-def run(*args, **environment):
-    """A process of its own: -> CompletedProcess."""
+def start(*args, **environment):
+    """A process of its own."""
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+def contents(folder, names=VIEWS):
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def read_log(folder):
@@ -52,332 +50,283 @@ def read_log(folder):
         return list(csv.DictReader(f))
 
 
+def last_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def word(tmp_path_factory):
+def word(loaded, tmp_path_factory):
     """The folder of a word learned in a few steps."""
     folder = tmp_path_factory.mktemp("words") / "S"
-    train("--images", CONCEPTS / "cat", "--token", "S*", "--out", folder, *FEW)
+    train(*CAT, "--out", folder, *FEW)
     return folder
 
 
 def test_what_a_run_leaves(word):
-    assert {p.name for p in word.iterdir()} == {
-        "learned_embeds.safetensors",
-        "log.csv",
-        "progress.png",
-        "settings.json",
-        "state.pt",
-    }
+    assert {p.name for p in word.iterdir()} == {*VIEWS, "state.pt"}
     vectors = load_file(word / "learned_embeds.safetensors")
     assert list(vectors) == ["S*"] and vectors["S*"].dtype == torch.float32
     rows = read_log(word)
-    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(float(row["loss"]) > 0 and float(row["gradient"]) > 0 for row in rows)
+    assert [bool(row["evaluation"]) for row in rows] == [False, False, False, False, True, False]
     settings = json.loads((word / "settings.json").read_text())
-    assert settings["lr"] == 5e-3 and settings["token"] == "S*"
+    assert settings["optimizer"] == "whitened" and settings["token"] == "S*" and settings["init"] is None
     assert Image.open(word / "progress.png").width > 500
 
 
+def test_progress_shows_the_pictures_the_path_and_the_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_py.Run, "pictures", PICTURES)
+    train(*CAT, "--out", tmp_path, *FEW, "--steps", "2", "--lr", "0.1")
+    sheet = np.asarray(Image.open(tmp_path / "progress.png").convert("RGB")).astype(int)
+    rows = sheet[: 3 * 132].reshape(3, 132, -1)
+    assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[1] - rows[2]).mean() > 0.1
+
+
 def test_the_result_is_the_same_to_the_byte_when_resumed(word, tmp_path):
-    half = tmp_path / "half"
-    settings = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", half)
-    train(*settings, *FEW, "--steps", "2")
-    train(*settings, *FEW, "--resume")
-    assert (half / "learned_embeds.safetensors").read_bytes() == (
-        word / "learned_embeds.safetensors"
-    ).read_bytes()
-    assert (half / "log.csv").read_bytes() == (word / "log.csv").read_bytes()
+    train(*CAT, "--out", tmp_path, *FEW, "--steps", "3")
+    train(*CAT, "--out", tmp_path, *FEW, "--resume")
+    assert contents(tmp_path) == contents(word)
 
 
 def test_killed_at_any_moment_it_goes_on(word, tmp_path):
     """SIGKILL, wherever it strikes; then --resume ends where an untouched run does."""
     out = tmp_path / "killed"
-    settings = [
-        "train.py",
-        "--images",
-        CONCEPTS / "cat",
-        "--token",
-        "S*",
-        "--out",
-        out,
-        *FEW,
-        "--save-every",
-        "1",
-    ]
-    process = subprocess.Popen([sys.executable, *map(str, settings)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    flags = ["train.py", *CAT, "--out", out, *FEW, "--save-every", "1"]
+    process = start(*flags)
     while not (out / "state.pt").exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert run(*settings, "--resume").returncode in (0, 1)
-    for name in ("learned_embeds.safetensors", "log.csv"):
-        assert (out / name).read_bytes() == (word / name).read_bytes()
+    process.kill()
+    process.communicate()
+    assert train(*flags[1:], "--resume") in (0, 1)
+    assert contents(out) == contents(word)
 
 
 def test_an_interrupt_keeps_the_word(tmp_path):
-    out = tmp_path / "interrupted"
-    settings = [
-        "train.py",
-        "--images",
-        CONCEPTS / "cat",
-        "--token",
-        "S*",
-        "--out",
-        out,
-        *FEW,
-        "--steps",
-        "5000",
-    ]
-    settings += ["--save-every", "5"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, settings)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while not (out / "state.pt").exists():
+    process = start("train.py", *CAT, "--out", tmp_path, *FEW, "--steps", "5000")
+    while not (tmp_path / "state.pt").exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err
-    steps = [int(row["step"]) for row in read_log(out)]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 5
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == steps[-1]
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    steps = [int(row["step"]) for row in read_log(tmp_path)]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert steps == list(range(1, len(steps) + 1)) and state["word"]["step"] == steps[-1]
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
+    flags = [*CAT, "--out", tmp_path / "out"] if program == "train" else ["a cat", "--out", tmp_path / "out"]
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    )
+    process = start(f"{program}.py", *flags, PYTHONPATH=str(tmp_path))
+    _, err = process.communicate(timeout=120)
+    assert (
+        process.returncode == 130
+        and err == f"{program}.py: interrupted\n"
+        and not (tmp_path / "out").exists()
+    )
+
+
+@pytest.mark.parametrize("place, saved", [
+    ("train.read_folder", False), ("train.make_examples", False), ("tinyti.whitened.Whitened.step", False),
+    ("tinyti.inversion.converged", False), ("train.diagnose", True), ("tinyti.run.grid", True),
+])  # fmt: skip
+def test_an_interrupt_at_any_place_is_one_line(place, saved, word, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, interrupt)
+        early_stop = ["--optimizer", "adam"] if "converged" in place else []
+        out, flags = tmp_path / "S", [*FEW, "--save-every", "100", *early_stop]
+        assert train(*CAT, "--out", out, *flags) == 130
+    error = capsys.readouterr().err
+    assert "train.py: interrupted" in error.splitlines()[-1] and "Traceback" not in error
+    assert (out / "state.pt").exists() == saved and out.exists() == saved
+    if saved:
+        train(*CAT, "--out", out, *flags, "--resume")
+        assert contents(out) == contents(word)
 
 
 def test_two_processes_learn_what_one_learns(word, tmp_path):
-    out = tmp_path / "two"
-    settings = ["train.py", "--images", CONCEPTS / "cat", "--token", "S*", "--out", out, *FEW]
-    result = run(
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=29617",
-        *settings,
-        OMP_NUM_THREADS="1",
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617")
+    process = start(*torchrun, "train.py", *CAT, "--out", tmp_path, *FEW, OMP_NUM_THREADS="1")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    one, two = (load_file(f / "learned_embeds.safetensors")["S*"] for f in (word, tmp_path))
+    assert torch.allclose(one, two, atol=1e-3)
+    a, b = ([float(row["loss"]) for row in read_log(f)] for f in (word, tmp_path))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_rank_alone_is_no_distributed_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert train(*CAT, "--out", tmp_path, *FEW, "--steps", "1") in (0, 1)
+    assert (tmp_path / "learned_embeds.safetensors").exists() and "use it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["whitened", "adam"])
+def test_a_run_that_learns_nothing_says_so(optimizer, tmp_path, capsys):
+    assert (
+        train(*CAT, "--out", tmp_path / "S", *FEW, "--init", "cat", "--lr", "1e-30", "--optimizer", optimizer)
+        == 1
     )
-    assert (out / "learned_embeds.safetensors").exists(), result.stderr
-    one, two = (load_file(f / "learned_embeds.safetensors")["S*"] for f in (word, out))
-    assert torch.allclose(one, two, atol=1e-4)
+    assert "learned nothing" in capsys.readouterr().err
 
 
-def test_several_words_each_in_its_folder(word, tmp_path):
-    folders = [tmp_path / "D", tmp_path / "C"]
-    train(
-        "--images",
-        CONCEPTS / "dog",
-        CONCEPTS / "cat",
-        "--token",
-        "D*",
-        "S*",
-        *FEW,
-        "--init",
-        "dog",
-        "cat",
-        "--out",
-        *folders,
-    )
-    vectors = [load_file(f / "learned_embeds.safetensors") for f in folders]
-    assert [list(v) for v in vectors] == [["D*"], ["S*"]]
-    alone = load_file(word / "learned_embeds.safetensors")["S*"]
-    assert torch.allclose(vectors[1]["S*"], alone, atol=1e-5)
+def test_a_run_that_diverges_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
+    real = train_py.Inversion.move
+
+    def move(word, gradients, losses):
+        real(word, gradients * (float("nan") if word.step == 3 else 1), losses)
+
+    monkeypatch.setattr(train_py.Inversion, "move", move)
+    assert train(*CAT, "--out", tmp_path, *FEW, "--init", "cat") == 1
+    assert "not a number" in capsys.readouterr().err
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["word"]["step"] == 2
 
 
-def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
-    status = train(
-        "--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "S", *FEW, "--lr", "1e-30"
-    )
-    assert status == 1 and "has learned nothing" in capsys.readouterr().err
+def test_a_full_disk_leaves_the_last_good_files(word, tmp_path, capsys, monkeypatch):
+    real, count = os.fsync, iter(range(100))
 
-
-def test_a_full_disk_leaves_the_last_good_files(tmp_path, capsys, monkeypatch):
-    out, real = tmp_path / "S", torch.save
-
-    def full(state, path):
-        if state["step"] == 4:
+    def full(handle):
+        if next(count) >= 5:  # the second save's state
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(state, path)
+        real(handle)
 
-    monkeypatch.setattr(torch, "save", full)
-    assert train("--images", CONCEPTS / "cat", "--token", "S*", "--out", out, *FEW) == 2
-    assert "No space left" in capsys.readouterr().err
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
-    assert not list(out.glob(".*"))
-
-
-def test_out_that_cannot_be_a_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    flags = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "file" / "S", *FEW)
-    assert train(*flags) == 2 and "file" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert train(*CAT, "--out", tmp_path, *FEW) == 2
+    assert "No space left" in last_line(capsys)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["word"]["step"] == 2
+    assert not list(tmp_path.glob(".*"))
+    train(*CAT, "--out", tmp_path, *FEW, "--resume")
+    assert contents(tmp_path) == contents(word)
 
 
-def test_out_of_gpu_memory_says_what_to_lower(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
     def invert(*args, **kwargs):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(train_py, "invert", invert)
-    flags = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "S", *FEW)
-    assert train(*flags) == 2 and "--accumulate" in capsys.readouterr().err
+    assert train(*CAT, "--out", tmp_path / "S", *FEW) == 2
+    assert "--accumulate" in last_line(capsys) and not (tmp_path / "S").exists()
 
 
-def test_other_files_are_passed_over(tmp_path, capsys):
+def test_memory_is_reported_also_where_the_system_does_not_say(monkeypatch):
+    assert "GiB" in cli.peak_memory(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
+    assert cli.peak_memory(torch.device("cpu")) == ""
+
+
+def test_other_files_are_passed_over_and_subfolders_not_mentioned(tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(CONCEPTS / "cat", images)
     (images / ".DS_Store").write_bytes(b"\0\1")
     (images / "broken.png").write_bytes((images / "01.png").read_bytes()[:300])
     train("--images", images, "--token", "S*", "--out", tmp_path / "S", *FEW, "--steps", "1")
-    line = next(x for x in capsys.readouterr().err.splitlines() if "passed over" in x)
-    assert ".DS_Store" in line and "broken.png" in line and "heldout" in line
+    error = capsys.readouterr().err
+    line = next(x for x in error.splitlines() if "passed over" in x)
+    assert ".DS_Store" in line and "broken.png" in line and "heldout" not in line
+    assert "miniature knows" in error  # these pictures are not its own
 
 
-@pytest.fixture
-def bad_templates(tmp_path):
-    (tmp_path / "templates.txt").write_text("a photo of {}\na photo of it\n")
-    return tmp_path / "templates.txt"
+def test_the_last_line_can_be_copied(word, tmp_path, capsys):
+    train("--images", CONCEPTS / "risograph", "--token", "S*", "--style", "--out", tmp_path / "a b", *FEW)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("use it: "))
+    assert "in the style of S*" in line and "a b'" in line
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--images", "no/such/folder"], "No such folder"),
-        (["--images", "tinyti"], "No readable picture"),
-        (["--token", "two words"], "white space"),
-        (["--token", ""], "non-empty"),
-        (["--token", "x" * 65], "65 characters"),
-        (["--init", "zyxwvut"], "no single word"),
-        (["--init", "cat", "dog"], "2 entries in --init"),
-        (["--weights", "no/weights"], "no model at no/weights"),
-        (["--templates", "no.txt"], "no.txt"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--lr", "nan"], "--lr is nan"),
-        (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
-        (["--device", "tpu"], "--device is tpu"),
-        (["--device", "cpu", "--precision", "fp16"], "fp16"),
-        (["--resume"], "no state.pt"),
-    ],
-)
-def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
+def test_a_terminal_of_few_characters(tmp_path):
+    flags = ["--images", CONCEPTS / "cat", "--token", "<猫>", "--out", tmp_path, *FEW, "--steps", "1"]
+    process = start("train.py", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode in (0, 1) and "use it" in out, err
+
+
+NAMES = ["clip_l", "clip_g", "emb_params", "string_to_param", "__metadata__", "emp_params_out"]
+NAMES += ["*", "S*", "0", "é", "<my-cat>", "猫", "name", "format", "learned_embeds", "IN01", "a/b", ".."]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_refused_or_read_back(name, tmp_path, capsys):
+    """What embeddings.read would not give back is no name, and that is known before anything is learned."""
     out = tmp_path / "out"
-    defaults = [
-        "--images",
-        CONCEPTS / "cat",
-        "--token",
-        "S*",
-        "--out",
-        out,
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    assert train(*defaults, *arguments) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    status = train("--images", CONCEPTS / "cat", "--token", name, "--out", out, *FEW, "--steps", "1")
+    if status == 2:
+        assert name in last_line(capsys) and not out.exists()
+    else:
+        assert list(embeddings.read(out)) == [name]
+    assert (status == 2) == (name in embeddings.RESERVED)
+
+
+def test_as_many_vectors_as_every_prompt_has_room_for(tmp_path, capsys):
+    longest = max(len(cli_tokens(t.replace("{}", ""))) for t in OBJECT_TEMPLATES)
+    out = tmp_path / "out"
+    for count in (75 - longest + 1, 75):
+        assert train(*CAT, "--out", out, *FEW, "--vectors", count) == 2
+        assert f"no room for the {count} vectors" in last_line(capsys) and not out.exists()
+    assert train(*CAT, "--out", out, *FEW, "--steps", "1", "--vectors", 75 - longest) in (0, 1)
+    assert load_file(out / "learned_embeds.safetensors")["S*"].shape[0] == 75 - longest
+
+
+def cli_tokens(text):
+    return cli.load_model(train_py.arguments(CAT)).tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
+    (["--token", "a b"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
+    (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
+    (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
+    (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
+    (["--size", "30"], "30"), (["--seed", str(2**63)], "--seed"), (["--out", ""], "--out"),
+    (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--device", "tpu"], "tpu"),
+    (["--device", "cpu:x"], "cpu:x"), (["--precision", "fp16"], "fp16"), (["--resume"], "no state.pt"),
+])  # fmt: skip
+def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
+    before = set((CONCEPTS / "cat").iterdir())
+    out = tmp_path / "out"
+    assert train(*CAT, "--out", out, "--steps", "1", *arguments) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("train.py: ") and message in error
-    assert not out.exists()
+    assert not out.exists() and before == set((CONCEPTS / "cat").iterdir())
 
 
-def test_a_template_without_the_word_is_refused(bad_templates, tmp_path, capsys):
-    status = train(
-        "--images",
-        CONCEPTS / "cat",
-        "--token",
-        "S*",
-        "--out",
-        tmp_path / "S",
-        *FEW,
-        "--templates",
-        bad_templates,
-    )
-    assert status == 2 and "line 2" in capsys.readouterr().err
+def test_a_template_without_the_word_is_refused(tmp_path, capsys):
+    for line, message in (("a photo of it", "line 2"), ("a photo of {}s", "does not stand alone")):
+        (tmp_path / "templates.txt").write_text(f"a photo of {{}}\n{line}\n")
+        flags = (*CAT, "--out", tmp_path / "S", *FEW, "--templates", tmp_path / "templates.txt")
+        assert train(*flags) == 2 and message in last_line(capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_cuda_where_there_is_none(tmp_path, capsys):
-    status = train(
-        "--images", CONCEPTS / "cat", "--token", "S*", "--out", tmp_path / "S", *FEW, "--device", "cuda"
-    )
-    assert status == 2 and "--device cpu" in capsys.readouterr().err
+    assert train(*CAT, "--out", tmp_path / "S", *FEW, "--device", "cuda") == 2
+    assert "--device cpu" in last_line(capsys)
 
 
 def test_a_word_is_never_overwritten_by_accident(word, capsys):
-    before = {p.name: p.read_bytes() for p in word.iterdir()}
-    settings = ("--images", CONCEPTS / "cat", "--token", "S*", "--out", word, *FEW)
-    assert train(*settings) == 2
-    assert "--force" in capsys.readouterr().err
-    assert train(*settings, "--resume", "--lr", "1e-3") == 2
-    assert "lr was 0.005 and is 0.001" in capsys.readouterr().err
-    assert before == {p.name: p.read_bytes() for p in word.iterdir()}
+    before = contents(word, [*VIEWS, "state.pt"])
+    for flags, message in [
+        ([], "--force"), (["--resume", "--lr", "1e-3"], "lr was None and is 0.001"),
+        (["--resume", "--vectors", "2"], "vectors was 1"), (["--resume", "--init", "dog"], "init was"),
+    ]:  # fmt: skip
+        assert train(*CAT, "--out", word, *FEW, *flags) == 2
+        assert message in last_line(capsys)
+    assert before == contents(word, [*VIEWS, "state.pt"])
 
 
-def test_two_words_in_one_folder_are_refused(tmp_path, capsys):
-    status = train("--images", CONCEPTS / "cat", CONCEPTS / "dog", "--token", "S", "S*", "--steps", "1")
-    assert status == 2 and "same folder" in capsys.readouterr().err
-
-
-def draw(*args):
-    return sample_py.main([*map(str, args), "--device", "cpu"])
-
-
-def test_sample_writes_pictures_that_know_how_they_were_made(word, tmp_path):
-    common = ("--words", word, "--steps", "3", "--count", "2", "--seed", "5")
-    assert draw("S* at the beach", "a sketch of S*", *common, "--out", tmp_path / "a") == 0
-    assert draw("S* at the beach", "a sketch of S*", *common, "--out", tmp_path / "b") == 0
-    files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert len(files) == 5 and "grid.png" in files
-    for name in files:  # the same command, the same bytes
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    picture = Image.open(tmp_path / "a" / "02-a-sketch-of-S-6.png")
-    about = json.loads(picture.text["tinyti"])
-    assert about["prompt"] == "a sketch of S*" and about["seed"] == 6 and about["steps"] == 3
-
-
-def test_a_picture_depends_on_its_seed_alone(word, tmp_path):
-    draw("S* at night", "--words", word, "--steps", "5", "--count", "3", "--out", tmp_path / "three")
-    draw(
-        "S* at night",
-        "--words",
-        word,
-        "--steps",
-        "5",
-        "--count",
-        "1",
-        "--seed",
-        "2",
-        "--out",
-        tmp_path / "one",
-    )
-    a, b = (
-        Image.open(tmp_path / f / "01-S-at-night-2.png").convert("RGB").tobytes() for f in ("three", "one")
-    )
-    assert max(abs(x - y) for x, y in zip(a, b)) <= 1  # rounding in kernels for other batch sizes
-
-
-def test_a_word_can_be_renamed(word, tmp_path):
-    assert draw("a <calico> at night", "--words", f"<calico>={word}", "--steps", "2", "--out", tmp_path) == 0
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
-def test_the_other_samplers(word, tmp_path, sampler):
-    assert (
-        draw("S*", "--words", word, "--sampler", sampler, "--steps", "3", "--count", "1", "--out", tmp_path)
-        == 0
-    )
-
-
-def test_sample_refuses(word, tmp_path, capsys):
-    from tinyti import embeddings
-
-    wide = tmp_path / "wide.safetensors"
-    embeddings.write(wide, {"W*": torch.randn(1, 768)})
-    for arguments, message in [
-        (["a cat", "--words", word], "no learned word"),
-        (["W*", "--words", wide], "768"),
-        (["S*", "--words", "no/such"], "no/such"),
-        (["S*", "--words", word, "--size", "30"], "--size 30"),
-        (["S*", "--words", word, "--steps", "2000"], "steps is 2000"),
-        (["S*", "--words", word, "--count", "0"], "--count is 0"),
-        (["S*", "--words", word, word], "registered already"),
-    ]:
-        out = tmp_path / "out"
-        assert draw(*arguments, "--out", out) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("sample.py: ") and message in error, error
-        assert not out.exists() or not list(out.iterdir())
+def test_a_folder_belongs_to_one_run_at_a_time(word, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    handle = os.open(word, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert train(*CAT, "--out", word, *FEW, "--force") == 2 and "another run" in last_line(capsys)
+    os.close(handle)  # as when the other process ends
+    assert train(*CAT, "--out", word, *FEW, "--resume") in (0, 1)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import attend, embedding
+from .layers import attend, divisor, embedding
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -56,35 +56,35 @@ class CLIPConfig:
 class SelfAttention(nn.Module):
     """Self-attention of x (B, T, D), causal (the text tower) or not (the image tower)."""
 
-    def __init__(self, dim, heads, causal):
+    def __init__(self, dim: int, heads: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal = divisor(heads, dim), causal
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
 
 
 class MLP(nn.Module):
     """x (B, T, D) -> (B, T, D) through a wider layer."""
 
-    def __init__(self, dim, inner, activation):
+    def __init__(self, dim: int, inner: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(dim, inner)
         self.fc2 = nn.Linear(inner, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
     """One pre-norm transformer layer: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config, causal):
+    def __init__(self, config: TextConfig | VisionConfig, causal: bool):
         super().__init__()
         dim, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(dim, eps)
@@ -92,12 +92,12 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
-def transformer(config, causal):
+def transformer(config: TextConfig | VisionConfig, causal: bool) -> nn.ModuleDict:
     """The layers of a tower, under the name that transformers gives them: encoder.layers.i."""
     layers = [Layer(config, causal) for _ in range(config.num_hidden_layers)]
     return nn.ModuleDict({"layers": nn.Sequential(*layers)})
@@ -106,7 +106,7 @@ def transformer(config, causal):
 class CLIPText(nn.Module):
     """The text transformer, in two halves: ids -> embeds -> context.  Textual Inversion acts between them."""
 
-    def __init__(self, config):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleDict(
@@ -119,11 +119,11 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     @property
-    def table(self):
+    def table(self) -> Tensor:
         """The vocabulary's rows (V, D)."""
         return self.embeddings["token_embedding"].weight
 
-    def embed(self, ids):
+    def embed(self, ids: Tensor) -> Tensor:
         """Word rows only, before positions: ids (B, T) -> embeds (B, T, D).
 
         Ids at or above the vocabulary belong to learned words; their rows are a stand-in, for
@@ -131,8 +131,8 @@ class CLIPText(nn.Module):
         """
         return self.embeddings["token_embedding"](ids.where(ids < self.config.vocab_size, 0))
 
-    def forward(self, embeds, ids=None):
-        """embeds (B, T, D), T at most 77 -> context (B, T, D).  Neither text transformer needs the ids."""
+    def forward(self, embeds: Tensor) -> Tensor:
+        """embeds (B, T, D), T at most 77 -> context (B, T, D)."""
         x = embeds + self.embeddings["position_embedding"].weight[: embeds.shape[1]]
         return self.final_layer_norm(self.encoder["layers"](x))
 
@@ -140,14 +140,14 @@ class CLIPText(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Images (B, 3, S, S) -> patches behind a class token, with positions (B, 1 + (S/p)², D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         dim, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.randn(dim))
         self.patch_embedding = nn.Conv2d(config.num_channels, dim, patch, stride=patch, bias=False)
         self.position_embedding = embedding((config.image_size // patch) ** 2 + 1, dim)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], dim=1)
         return x + self.position_embedding.weight
@@ -156,7 +156,7 @@ class VisionEmbeddings(nn.Module):
 class CLIPVision(nn.Module):
     """The image tower: preprocessed images (B, 3, S, S) -> the class token's last state (B, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
@@ -164,7 +164,7 @@ class CLIPVision(nn.Module):
         self.encoder = transformer(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.encoder["layers"](self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])
 
@@ -179,11 +179,16 @@ class Preprocessing:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     resample: int = Image.Resampling.BICUBIC
 
-    def __call__(self, pictures):
-        """PIL pictures of any size -> (B, 3, crop, crop) in fp32."""
-        return torch.stack([self._one(picture.convert("RGB")) for picture in pictures])
+    def __post_init__(self):
+        if not (0 < self.crop <= self.resize and len(self.mean) == len(self.std) == 3):
+            raise ValueError(f"expected a crop within the size, and three means and deviations, got {self}")
+        Image.Resampling(self.resample)  # ValueError for other numbers
 
-    def _one(self, picture):
+    def __call__(self, pictures: list[Image.Image]) -> Tensor:
+        """PIL pictures of any size -> (B, 3, crop, crop) in fp32."""
+        return torch.stack([self._to_tensor(picture.convert("RGB")) for picture in pictures])
+
+    def _to_tensor(self, picture):
         w, h = picture.size
         short = min(w, h)
         picture = picture.resize((self.resize * w // short, self.resize * h // short), self.resample)
@@ -198,25 +203,27 @@ class Preprocessing:
 class CLIP(nn.Module):
     """Both towers and their projections into one space, in which cosine measures likeness."""
 
-    def __init__(self, config, preprocess=None):
+    def __init__(self, config: CLIPConfig, preprocess: Preprocessing | None = None):
         super().__init__()
         self.config = config
-        self.preprocess = preprocess or Preprocessing()
+        size = config.vision_config.image_size
+        self.preprocess = preprocess or Preprocessing(size, size)
+        if self.preprocess.crop != size:
+            raise ValueError(f"a crop of {self.preprocess.crop} pixels, but the image tower takes {size}")
         self.text_model = CLIPText(config.text_config)
         self.vision_model = CLIPVision(config.vision_config)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
-        self.visual_projection = nn.Linear(
-            config.vision_config.hidden_size, config.projection_dim, bias=False
-        )
+        text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.text_projection = nn.Linear(text, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07)
 
-    def encode_image(self, images):
+    def encode_image(self, images: list[Image.Image] | Tensor) -> Tensor:
         """PIL pictures, or preprocessed images (B, 3, S, S) -> (B, P) of length 1."""
         if not torch.is_tensor(images):
             images = self.preprocess(images).to(self.logit_scale)
         return F.normalize(self.visual_projection(self.vision_model(images)), dim=-1)
 
-    def encode_text(self, ids, embeds=None):
+    def encode_text(self, ids: Tensor, embeds: Tensor | None = None) -> Tensor:
         """ids (B, T), and embeds (B, T, D) if they hold learned words -> (B, P) of length 1."""
         context = self.text_model(self.text_model.embed(ids) if embeds is None else embeds)
         # The first end token's state stands for the prompt.  Its place is found by id: argmax, as in the

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Concept(nn.Module):
-    """A learned word: its `name`, its trainable fp32 `vectors` (n, D), and their n consecutive token `ids`.
+    """A learned word: its `name`, its fp32 `vectors` (n, D), and their n consecutive token `ids`.
 
     Raises ValueError if the vectors are not (n, D) with one consecutive id each.
     """
@@ -23,38 +23,42 @@ class Concept(nn.Module):
         self.ids = ids
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
 
-    @classmethod
-    def initial(cls, name: str, ids: list[int], rows: Tensor, seed: int = 0) -> "Concept":
-        """Start n = len(ids) vectors from m rows of the vocabulary table (m, D), in their order.
+    @staticmethod
+    def initial(rows: Tensor, n: int = 1, seed: int = 0) -> Tensor:
+        """Vectors (n, D) to start from, made of m rows of the vocabulary table (m, D) in their order.
 
         With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n a row starts several
         vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
         two start equal.  Raises ValueError without rows.
         """
-        n, m = len(ids), len(rows)
+        m = len(rows)
         if m == 0:
-            raise ValueError(f"{name!r}: expected at least one vocabulary row to start from")
+            raise ValueError("expected at least one vocabulary row to start from")
         first = [i * m // n for i in range(n + 1)]
         shares = [rows[first[i] : max(first[i] + 1, first[i + 1])] for i in range(n)]
-        vectors = torch.stack([share.float().mean(dim=0) for share in shares])  # (n, D)
+        vectors = torch.stack([share.detach().float().mean(dim=0) for share in shares])  # (n, D)
         repeats = torch.tensor([first[i] in first[:i] for i in range(n)], device=rows.device)
         noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
         noise = 0.1 * vectors.norm(dim=-1, keepdim=True) * F.normalize(noise, dim=-1)
-        return cls(name, torch.where(repeats[:, None], vectors + noise, vectors), ids)
+        return torch.where(repeats[:, None], vectors + noise, vectors)
 
-    def insert(self, embeds: Tensor, ids: Tensor) -> Tensor:
+    def insert(self, embeds: Tensor, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).
 
-        Out of place, in the dtype of `embeds`.  Raises ValueError if D is not the vectors'.
+        `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without
+        them it is the word's.  Out of place, in the dtype of `embeds`.  Raises ValueError if D is not theirs.
         """
-        n, D = self.vectors.shape
+        B, (n, D) = len(ids), self.vectors.shape
         if embeds.shape[-1] != D:
             raise ValueError(f"{self.name!r} has {D} numbers per vector, this model wants {embeds.shape[-1]}")
+        if vectors is None:
+            vectors = self.vectors.expand(B, n, D)
         which = ids - self.ids[0]  # (B, T)
         is_mine = (which >= 0) & (which < n)
-        # Not self.vectors[…]: the backward of indexing adds up in the order in which threads come.
-        vectors = F.embedding(which.clamp(0, n - 1), self.vectors).to(embeds.dtype)  # (B, T, D)
-        return torch.where(is_mine[..., None], vectors, embeds)
+        row = which.clamp(0, n - 1) + n * torch.arange(B, device=ids.device)[:, None]
+        # Not vectors[…]: the backward of indexing adds up in the order in which threads come.
+        mine = F.embedding(row, vectors.reshape(B * n, D)).to(embeds.dtype)  # (B, T, D)
+        return torch.where(is_mine[..., None], mine, embeds)
 
     def norm(self) -> Tensor:
         """The length of each vector, (n,)."""

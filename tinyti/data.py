@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 MOST_PIXELS = 12_000 * 9_000
-WHITE = (255, 255, 255)
+WHOLE_PIXELS = 24_000_000  # up to so many a JPEG is decoded as it is
 
 # No EPS, PDF or WMF among them, which Pillow hands to other programs.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
@@ -43,23 +43,17 @@ class Photo(NamedTuple):
 def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
-    `cat.txt` beside `cat.jpg` is its caption.  Whatever else is there is passed over: other files, subfolders
-    and pictures that are damaged or have more than 12,000 x 9,000 pixels.
+    `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored.  What else is there is passed over:
+    other files, and pictures that are damaged or have more than 12,000 x 9,000 pixels.
 
-    Args:
-        size: the side of the square images, in pixels.
-
-    Returns:
-        The photos, and one line for each thing passed over that says why.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no readable picture, or a caption is not UTF-8 text.
+    `size` is the side of the square images, in pixels.  Returns the photos, and one line for each thing
+    passed over.  FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or
+    a caption that is not UTF-8 text.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"No such folder: {folder}; give a folder with a few pictures of one thing")
-    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    files = sorted(f for f in folder.iterdir() if not f.is_dir()) if folder.is_dir() else [folder]
     captioned = {file.stem for file in files if file.suffix != ".txt"}
     photos, passed_over = [], []
     for file in files:
@@ -68,7 +62,7 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         try:
             image = read_image(file, size)
         except (OSError, ValueError) as error:
-            passed_over.append(str(error))
+            passed_over.append(" ".join(str(error).splitlines()))
         else:
             photos.append(Photo(file, to_tensor(image, size), read_caption(file)))
     if not photos:
@@ -78,16 +72,10 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
 
 
 def read_image(file: str | Path, size: int | None = None) -> Image.Image:
-    """Read one picture as upright RGB, the first frame if it moves.
+    """Read one picture as upright RGB, the first frame if it moves; what is transparent shows white.
 
-    What is transparent shows white, or the colour that a PNG names as its background.
-
-    Args:
-        size: a hint; a JPEG may come smaller than it is, yet at least twice this size, which is much faster.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a picture, is damaged, too large, or has 32-bit values.
+    A JPEG of more than 24 megapixels may come smaller than it is, yet at least twice `size` (pixels).
+    FileNotFoundError if there is no such file, ValueError if it is no picture, damaged or has 32-bit values.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
@@ -99,9 +87,9 @@ def read_image(file: str | Path, size: int | None = None) -> Image.Image:
             with Image.open(file, formats=formats) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise Image.DecompressionBombError
-                if size:
+                if size and image.width * image.height > WHOLE_PIXELS:
                     image.draft(None, (2 * size, 2 * size))
-                picture = _to_rgb(image, _background(file))
+                picture = to_rgb(image)
                 # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
                 turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
                 return picture if turn is None else picture.transpose(turn)
@@ -113,39 +101,18 @@ def read_image(file: str | Path, size: int | None = None) -> Image.Image:
         raise ValueError(f"{file}: cannot be read ({error})") from error
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, white where it is transparent; ValueError for 32-bit values."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)  # (H, W)
         if image.mode == "F" or levels.min() < 0 or levels.max() >= 2**16:
             raise ValueError("32-bit values; save it with 8 or 16 bits")
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")  # convert() alone clips at 255
     if image.has_transparency_data:
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        opaque = Image.new("RGB", image.size, background)
+        opaque, image = Image.new("RGB", image.size, "white"), image.convert("RGBA")
         opaque.paste(image, mask=image)
         return opaque
     return image.convert("RGB")
-
-
-def _background(file: str | Path) -> tuple[int, int, int]:
-    """The colour in a PNG's bKGD chunk, which Pillow passes over; white without one."""
-    with open(file, "rb") as stream:
-        if stream.read(8) != b"\x89PNG\r\n\x1a\n":
-            return WHITE
-        chunks = {}
-        while b"IDAT" not in chunks and len(head := stream.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head)
-            chunks[name] = stream.read(length)
-            stream.read(4)  # checksum
-    if b"bKGD" not in chunks:
-        return WHITE
-    depth, kind = chunks[b"IHDR"][8:10]
-    if kind == 3:  # palette
-        index = chunks[b"bKGD"][0]
-        return tuple(chunks[b"PLTE"][3 * index : 3 * index + 3])
-    levels = np.frombuffer(chunks[b"bKGD"], ">u2").astype(int) * 255 // (2**depth - 1)  # one (grey) or three
-    return tuple(np.broadcast_to(levels, 3).tolist())
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
@@ -186,76 +153,40 @@ def grid(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> I
 
 
 def read_caption(picture: str | Path) -> str | None:
-    """The text of `cat.txt` for `cat.jpg`, on one line; None if there is no such file or nothing in it.
-
-    Raises:
-        ValueError: the file is not UTF-8 text.
-    """
+    """The text of `cat.txt` for `cat.jpg`, on one line; None without one, ValueError if it is not UTF-8."""
     file = Path(picture).with_suffix(".txt")
     return " ".join(_read_text(file).split()) or None if file.is_file() else None
 
 
 # The 27 neutral templates in the paper's supplement.
 OBJECT_TEMPLATES = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "the photo of a {}",
-    "a photo of my {}",
-    "a photo of one {}",
-    "a photo of a clean {}",
-    "a photo of the clean {}",
-    "a photo of a dirty {}",
-    "a photo of a cool {}",
-    "a photo of the cool {}",
-    "a photo of a nice {}",
-    "a photo of the nice {}",
-    "a photo of a small {}",
-    "a photo of the small {}",
-    "a photo of the large {}",
-    "a photo of the weird {}",
-    "a good photo of a {}",
-    "a good photo of the {}",
-    "a cropped photo of a {}",
-    "a cropped photo of the {}",
-    "a close-up photo of a {}",
-    "a close-up photo of the {}",
-    "a bright photo of the {}",
-    "a dark photo of the {}",
-    "a rendition of a {}",
-    "a rendition of the {}",
-    "a rendering of a {}",
-)
+    "a photo of a {}", "a photo of the {}", "the photo of a {}", "a photo of my {}", "a photo of one {}",
+    "a photo of a clean {}", "a photo of the clean {}", "a photo of a dirty {}", "a photo of a cool {}",
+    "a photo of the cool {}", "a photo of a nice {}", "a photo of the nice {}", "a photo of a small {}",
+    "a photo of the small {}", "a photo of the large {}", "a photo of the weird {}", "a good photo of a {}",
+    "a good photo of the {}", "a cropped photo of a {}", "a cropped photo of the {}",
+    "a close-up photo of a {}", "a close-up photo of the {}", "a bright photo of the {}",
+    "a dark photo of the {}", "a rendition of a {}", "a rendition of the {}", "a rendering of a {}",
+)  # fmt: skip
 
 # Those for a style, from the official code, where two stand twice and so are drawn twice as often.
 STYLE_TEMPLATES = (
-    "a painting in the style of {}",
-    "the painting in the style of {}",
-    "a picture in the style of {}",
-    "a rendering in the style of {}",
-    "a rendition in the style of {}",
-    "a clean painting in the style of {}",
-    "a dirty painting in the style of {}",
-    "a dark painting in the style of {}",
-    "a bright painting in the style of {}",
-    "a cool painting in the style of {}",
-    "a nice painting in the style of {}",
-    "a good painting in the style of {}",
-    "a small painting in the style of {}",
-    "a large painting in the style of {}",
-    "a weird painting in the style of {}",
-    "a cropped painting in the style of {}",
-    "a cropped painting in the style of {}",
+    "a painting in the style of {}", "the painting in the style of {}", "a picture in the style of {}",
+    "a rendering in the style of {}", "a rendition in the style of {}", "a clean painting in the style of {}",
+    "a dirty painting in the style of {}", "a dark painting in the style of {}",
+    "a bright painting in the style of {}", "a cool painting in the style of {}",
+    "a nice painting in the style of {}", "a good painting in the style of {}",
+    "a small painting in the style of {}", "a large painting in the style of {}",
+    "a weird painting in the style of {}", "a cropped painting in the style of {}",
+    "a cropped painting in the style of {}", "a close-up painting in the style of {}",
     "a close-up painting in the style of {}",
-    "a close-up painting in the style of {}",
-)
+)  # fmt: skip
 
 
 def read_templates(file: str | Path) -> list[str]:
     """Prompt templates from a text file: one per line, `{}` for the word; blank and `#` lines are skipped.
 
-    Raises:
-        OSError: the file is missing or not readable.
-        ValueError: a line without `{}`, which is named, or no template at all.
+    OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
     """
     templates = []
     for number, line in enumerate(_read_text(Path(file)).splitlines(), start=1):
@@ -282,6 +213,8 @@ def prompt(template: str, word: str, caption: str | None = None) -> str:
 
 
 def _read_text(file: Path) -> str:
+    if file.exists() and not file.is_file():  # a pipe or a device may never end
+        raise ValueError(f"{file}: not a file")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

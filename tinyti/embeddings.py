@@ -1,4 +1,4 @@
-"""Learned words on disk: reads every format in use for SD1, SD2 and LDM, writes the two that most tools read.
+"""Learned words on disk: reads every format in use for SD1, SD2 and LDM; writes two of them.
 
 A learned word is a name and n vectors of width D, the rows that take the word's place in an embedded prompt.
 `python -m tinyti.embeddings IN` shows what a file holds, `... IN OUT` converts it.
@@ -13,7 +13,13 @@ import pickle
 import re
 import struct
 import sys
+import tarfile
+import unicodedata
 import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -23,27 +29,31 @@ from torch import Tensor, nn
 
 MODELS = {768: "SD1", 1024: "SD2", 1280: "LDM"}  # the model that a width belongs to
 MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
+MOST_WIDTH = 8192  # a damaged file can describe a tensor far larger than itself
 MOST_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Keys that tell the format of a file, and so are no names of words.
+RESERVED = "__metadata__ clip_g clip_l emb_params emp_params emp_params_out string_to_param".split()
+WORD = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
 
-# What torch.load raises for damaged files, beside pickle.UnpicklingError.
+PNG = b"\x89PNG"
+PICTURES = (PNG, b"RIFF", b"\xff\xd8\xff", b"\xff\x0a", b"\0\0\0\x0cJXL", b"\0\0\0 ftypavif")  # RIFF is WebP
+
+# What the readers of pictures, JSON, safetensors and pickles raise for damaged bytes in memory.
 DAMAGED = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError,
+    struct.error, tarfile.TarError, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
-    """Read the learned words in a file, or in a folder that train.py wrote.
+    """Read the learned words in a file, or in a folder that train.py wrote, in the file's order.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
-    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  Where the format has no room for a
-    name, or "*" in its place, the word is named after the file.  A pickle never gets to run code.
+    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word that is no key of the file is
+    named after the file, as in AUTOMATIC1111; a UserWarning tells of another name inside.  A pickle never
+    gets to run code.
 
     Args:
         path: the file or folder.
@@ -62,71 +72,119 @@ def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
     if len(widths) > 1:
         raise _refusal(file, f"tensors of the widths {widths}")
     if width is not None and widths != [width]:
-        raise ValueError(
-            f"{file}: found vectors of width {_name(widths[0])}, but the model has {_name(width)}; "
-            "a word works only with the model it was learned for"
-        )
+        advice = "a word works only with the model it was learned for"
+        raise _refusal(file, f"vectors of width {_model(widths[0])}", f"{_model(width)}, the model's", advice)
     return words
 
 
 def write(path: str | Path, words: dict[str, Tensor]) -> None:
-    """Write learned words, atomically: after a failure the file is as it was before.
+    """Write learned words, atomically, and the same words always to the same bytes.
 
-    `.safetensors` is diffusers' form: the key is the word; one vector is [D], which every tool reads, several
-    are [n, D].  diffusers itself takes one word per file.  `.pt` is AUTOMATIC1111's form, for one word.
+    `.safetensors` is diffusers' form: the key is the word; one vector is [D], several are [n, D].  diffusers
+    itself takes one word per file.  `.pt` is AUTOMATIC1111's form, for one word.
 
     Args:
         path: ends in `.safetensors` or `.pt`.
         words: {word: [n, D] or [D]} of any float type and device; saved as fp32.
 
     Raises:
-        ValueError: another suffix, no word, several words for a `.pt`, or values that are not finite.
+        ValueError: another suffix, no word, several words for a `.pt`, a name that `check_name` refuses, or
+            values that are not finite.
         OSError: the folder is missing, not writable or full.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"{path}: cannot write '{path.suffix}' files; end the name in .safetensors or .pt")
+        raise _refusal(path, f"the suffix '{path.suffix}'", "a file name that ends in .safetensors or .pt")
     if not words or (path.suffix == ".pt" and len(words) > 1):
-        raise ValueError(f"{path}: {len(words)} words to write; a .pt holds one, a .safetensors one or more")
+        raise _refusal(path, f"{len(words)} words to write", "one for a .pt, one or more for a .safetensors")
+    for word in words:
+        check_name(word)
 
     # a clone, because torch.save would write out the whole table that a row is a view of
     words = {word: _check(tensor, word, path).clone() for word, tensor in words.items()}
-    if path.suffix == ".safetensors":
-        tensors = {word: vectors[0] if len(vectors) == 1 else vectors for word, vectors in words.items()}
-        data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    else:
-        [(word, vectors)] = words.items()
-        star = 265  # its id in CLIP's vocabulary
-        buffer = io.BytesIO()
-        torch.save({"string_to_token": {"*": star}, "string_to_param": {"*": vectors}, "name": word}, buffer)
-        data = buffer.getvalue()
-    _replace(path, data)
+    with atomic_write(path) as stream:
+        if path.suffix == ".safetensors":
+            tensors = {word: vectors[0] if len(vectors) == 1 else vectors for word, vectors in words.items()}
+            stream.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        else:
+            [(word, vectors)] = words.items()
+            _save_pt(word, vectors, stream)
 
 
-def _replace(path: Path, data: bytes) -> None:
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
+    """Write a file whole or not at all: what the block writes into the stream takes the place of `path`.
+
+    The stream is memory, as not every library survives a full disk; at the block's end its bytes are written
+    to `.NAME.tmp`, which is renamed.  After a failure the file is as it was before.  Raises OSError if the
+    folder is missing, not writable or full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"No such folder: {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        raise FileNotFoundError(f"No such folder: {_one_line(path.parent)}")
+    stream = io.BytesIO()
+    yield stream
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with open(temporary, "wb") as file:
+            file.write(stream.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def check_name(word: str) -> None:
+    """Refuse a name under which `read` would not give the word back: ValueError."""
+    if not isinstance(word, str) or not word or not word.isprintable() or word in RESERVED:
+        raise ValueError(
+            f"{word!r:.80} cannot be the name of a learned word; expected printable characters, and "
+            f"not a key of the file formats ({', '.join(RESERVED)})"
+        )
+
+
+def compatibility_warning(word: str, n: int) -> str | None:
+    """What to mind with a word of n vectors in other programs, in one line, or None.
+
+    The tokenizers of transformers 5 give a new token back in lower case.  So diffusers does not recognise a
+    name with capitals in a prompt, and does not spell it out as the n tokens of its vectors.
+    """
+    if n == 1 or word == unicodedata.normalize("NFC", word).lower():
+        return None
+    return (
+        f"diffusers will use only the first of the {n} vectors of {word}, as there are capitals in its name; "
+        'what works: a name in lower case such as <my-cat>, or load_textual_inversion(..., token="<s>"), '
+        f"or in the prompt {word} {word}_1{' ...' if n > 2 else ''}"
+    )
+
+
+def _save_pt(word: str, vectors: Tensor, stream: io.BytesIO) -> None:
+    """AUTOMATIC1111's form: plain tensors in plain dictionaries, in a zip of three kinds of entries.
+
+    AUTOMATIC1111 refuses a file with any others (its modules/safe.py), and today's torch.save writes some.
+    """
+    star = 265  # its id in CLIP's vocabulary
+    saved = io.BytesIO()
+    torch.save({"string_to_token": {"*": star}, "string_to_param": {"*": vectors}, "name": word}, saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(stream, "w") as target:
+        for entry in source.namelist():
+            if re.fullmatch(r"archive/(data\.pkl|data/\d+|version)", entry):
+                target.writestr(zipfile.ZipInfo(entry), source.read(entry))  # dated 1980, always
+
+
 def _find(path: Path) -> Path:
-    """The file that `path` means."""
-    file = path
+    """The file that `path` means, not opened yet."""
+    file, found = path, f"No such file: {path}"
     if path.is_dir():
-        file = path / "learned_embeds.safetensors"
-        if not file.exists():
-            file = path / "learned_embeds.bin"
+        names = ("learned_embeds.safetensors", "learned_embeds.bin")
+        file = next((path / name for name in names if (path / name).exists()), path)
+        found = f"{path} holds no {names[0]}"
+    elif path.exists():
+        found = f"{path} is a device or a pipe"
     if not file.is_file():
-        missing = f"{path} holds no learned_embeds.safetensors" if path.is_dir() else f"No such file: {path}"
-        raise FileNotFoundError(f"{missing}; give a word's file, or the folder that train.py wrote")
+        advice = "give a word's file, or the folder that train.py wrote"
+        raise FileNotFoundError(_one_line(f"{found}; {advice}"))
 
     # diffusers writes an SDXL word as a pair of files, each of which looks like a word of SD1 or LDM
     second = file.with_name(file.name.replace("learned_embeds", "learned_embeds_2", 1))
@@ -140,55 +198,59 @@ def _load(file: Path):
     size = file.stat().st_size
     if size > MOST_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
-    with open(file, "rb") as stream:
-        start = stream.read(9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on old pickles and large pictures
-        if start.startswith(b"\x89PNG"):
-            return _load_png(file)
-        if start[8:] == b"{":
-            return _load_safetensors(file)
-        return _load_pickle(file)
-
-
-def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    data = file.read_bytes()
+    if data[8:9] == b"{":
+        kind, load = "safetensors file", _load_safetensors
+    elif data.startswith(PICTURES):
+        kind, load = "picture", _load_picture
+    else:
+        kind, load = "file", _load_pickle
     try:
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
-            words = [key for key, mark in (tensors.metadata() or {}).items() if mark == "<embed>"]
-            return {key: tensors.get_tensor(key) for key in words or tensors.keys()}
-    except safetensors.SafetensorError as error:
-        raise _refusal(file, f"a damaged safetensors file ({error})", "fetch it again") from error
-
-
-def _load_pickle(file: Path):
-    try:
-        # a stream, since torch goes by the suffix of a path; ParameterDict is in the official files
-        with open(file, "rb") as stream, torch.serialization.safe_globals([nn.ParameterDict]):
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            found = f"a pickle that would call {code[1]}, which was not run"
-            raise _refusal(file, found, "ask for a .safetensors file") from error
-        raise _refusal(file, "an unknown or damaged file") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old pickles and large pictures
+            contents = load(data)
     except DAMAGED as error:
-        raise _refusal(file, "a damaged or truncated file", "fetch it again") from error
+        call = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
+        if call:
+            found = f"a pickle that would call {call[1]}, which was not run"
+            raise _refusal(file, found, advice="ask for a .safetensors file") from error
+        raise _refusal(file, f"a damaged or unknown {kind}", advice="fetch it again") from error
+    if kind == "picture" and contents is None:
+        found = "a picture without a word's data, the text 'sd-ti-embedding' of AUTOMATIC1111's PNG"
+        raise _refusal(file, found, advice="saving a picture anew loses it; ask for the original, or a .pt")
+    return contents
 
 
-def _load_png(file: Path):
-    """AUTOMATIC1111's picture: base64 of JSON in a text chunk, with tensors as {"TORCHTENSOR": lists}."""
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
+def _load_safetensors(data: bytes) -> dict[str, Tensor]:
+    tensors = safetensors.torch.load(data)  # in any order
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
+    marks = header.pop("__metadata__", {})
+    words = [key for key in header if marks.get(key) == "<embed>"]
+    return {key: tensors[key] for key in words or header}
+
+
+def _load_pickle(data: bytes):
+    with torch.serialization.safe_globals([nn.ParameterDict]):  # which the official files hold
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _load_picture(data: bytes) -> dict | None:
+    """AUTOMATIC1111's PNG: base64 of JSON in a text chunk, with tensors as {"TORCHTENSOR": lists}."""
+    text = None
+    if data.startswith(PNG):
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             text = image.text.get("sd-ti-embedding")
-        if text is not None:
-            return json.loads(base64.b64decode(text), object_hook=_decode_tensor)
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise _refusal(file, f"a damaged picture ({error})", "fetch it again") from error
-    raise _refusal(file, "a picture without a text chunk 'sd-ti-embedding'")
+    if text is None:
+        return None
+    contents = json.loads(base64.b64decode(text), object_hook=_decode_tensor)
+    parameters = contents["string_to_param"]
+    if "*" in parameters and contents.get("name"):
+        parameters[contents["name"]] = parameters.pop("*")  # of a picture it is the name inside that counts
+    return {"string_to_param": parameters}
 
 
-def _decode_tensor(entry: dict):
+def _decode_tensor(entry: dict) -> dict | Tensor:
     return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
 
 
@@ -200,14 +262,19 @@ def _find_words(contents, file: Path) -> dict[str, Tensor]:
         raise _refusal(file, f"a {type(contents).__name__}")
 
     name = file.stem
-    keys = [str(key) for key in contents]
+    keys = [key if isinstance(key, str) else type(key).__name__ for key in contents]
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
     if "string_to_param" in contents:  # the official code, AUTOMATIC1111, HCP-Diffusion
-        name = contents.get("name") or name
+        inner = contents.get("name")
+        if isinstance(inner, str) and inner not in ("", name):
+            note = f"{file}: the word is {name}, after the file, as in AUTOMATIC1111; inside it is {inner}"
+            warnings.warn(_one_line(note), stacklevel=3)
         contents = contents["string_to_param"]
         if isinstance(contents, nn.ParameterDict):
             # items() fails on what torch <= 1.11 wrote; the tensors of old and new files are here
             contents = contents.__dict__.get("_parameters")
+    elif keys == ["clip_l"]:  # diffusers' train_dreambooth_lora_sd15_advanced.py
+        contents = {"*": contents["clip_l"]}
     elif {"clip_l", "clip_g"} & set(keys):
         raise _refusal(file, f"{shown}, as SDXL, SD3 and Flux have them")
     elif len(keys) > 1 and all(re.fullmatch(r"IN\d\d|MID|OUT\d\d", key) for key in keys):
@@ -229,24 +296,31 @@ def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
     """One word's vectors as [n, D], fp32, on the CPU, contiguous."""
     if not isinstance(word, str) or not word or not word.isprintable():
         raise _refusal(file, f"the key {word!r}")
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in FLOATS:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise _refusal(file, f"'{word}' of the type {kind}")
     vectors = tensor.detach()[None] if tensor.ndim == 1 else tensor.detach()  # (n, D)
-    if vectors.ndim != 2 or not vectors.numel() or len(vectors) > MOST_VECTORS:
+    n, width = vectors.shape if vectors.ndim == 2 else (0, 0)
+    if not 1 <= n <= MOST_VECTORS or not 1 <= width <= MOST_WIDTH:
         raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)}")
+    if tensor.is_meta:
+        raise _refusal(file, f"'{word}' without its values")
     vectors = vectors.to("cpu", torch.float32).contiguous()
     if not vectors.isfinite().all():
-        raise _refusal(file, f"NaN or infinity in '{word}'", "learn it again at a lower rate")
+        raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
     return vectors
 
 
-def _refusal(file: Path, found: str, advice: str = "") -> ValueError:
-    expected = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
-    return ValueError(f"{file}: found {found}; expected {expected}" + (f"; {advice}" if advice else ""))
+def _refusal(file: Path, found: str, expected: str = WORD, advice: str = "") -> ValueError:
+    message = f"{file}: found {found:.200}; expected {expected}" + (f"; {advice}" if advice else "")
+    return ValueError(_one_line(message))
 
 
-def _name(width: int) -> str:
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def _model(width: int) -> str:
     return f"{width} ({MODELS[width]})" if width in MODELS else str(width)
 
 
@@ -265,10 +339,13 @@ def main(arguments: list[str] | None = None) -> int:
             import tinyti  # only here: files are read and written without a model
 
             model = tinyti.load(options.weights)
-        words = read(options.IN, width=model and model.text.table.shape[1])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            words = read(options.IN, width=model and model.text.table.shape[1])
+        notes = [str(warning.message) for warning in caught]
         for word, vectors in words.items():
             norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
-            lines.append(f"{word}: {len(vectors)} x {_name(vectors.shape[1])}, norm {norms}")
+            lines.append(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
             if model:
                 lines += _nearest(tinyti.Concept(word, vectors, [*range(len(vectors))]), model)
         if options.OUT:
@@ -276,10 +353,13 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{options.OUT} exists; give another name, or --force to overwrite it")
             write(options.OUT, words)
             lines.append(f"written to {options.OUT}")
+            notes += filter(None, (compatibility_warning(word, len(v)) for word, v in words.items()))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(_one_line(error), file=sys.stderr)
         return 2
     print("\n".join(lines))
+    for note in notes:
+        print(f"WARNING: {note}", file=sys.stderr)
     return 0
 
 
@@ -291,4 +371,5 @@ def _nearest(concept, model) -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be in the terminal's encoding
     sys.exit(main())

@@ -4,248 +4,251 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 """
 
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
 from .concept import Concept
-from .data import prompt
+from .data import Photo, prompt
 from .diffusion import randn
+from .model import LatentDiffusion
+from .whitened import Adam, Whitened
 
-EVALUATIONS = 16  # samples in the fixed batch that a vector is judged by
+STEPS, BATCH_SIZE = 50, 8
+OPTIMIZERS = {"whitened": Whitened, "adam": Adam}
 AVERAGE = 50  # steps that the word is an average over
+EVALUATE_EVERY = 5  # steps
+EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
+CAP = 4.5  # the longest that whitened steps make a vector, in median lengths of the vocabulary's rows
 # The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
 # plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
 TIMESTEPS = (0.25, 0.95)
 
-# What `choose_start` tries: common nouns that are one entry of CLIP's vocabulary and most of BERT's.
-START_WORDS = """
-    cat dog bird fish rabbit bear horse cow sheep mouse elephant lion fox monkey turtle frog insect animal
-    person man woman child face hand baby doll toy robot statue sculpture figurine mask monster dragon
-    car truck bus train bike boat ship plane house building castle church bridge tower room
-    tree flower plant leaf mushroom fruit apple cake bread food mountain rock cloud cup mug bottle bowl plate
-    teapot vase lamp clock chair table sofa bed bag backpack hat shoe shirt dress glasses book phone camera
-    computer guitar piano ball kite candle key box jar can pot pillow teddy necklace ring
-""".split()
-STYLE_WORDS = """
-    painting drawing sketch art watercolor oil pencil ink cartoon anime comic illustration poster print
-    mosaic glass neon pixel photo abstract pattern graffiti collage render vintage
-""".split()
 
+class Examples(NamedTuple):
+    """What a word is learned from: the latents of its pictures, and the prompts for each of them."""
 
-@dataclass
-class Subject:
-    """One word and what it is learned from: the latents of its pictures, and the prompts for each of them.
-
-    The word, `concept.vectors`, is an average over the last points of a path that the optimizer walks: single
-    points are noisy, for every step has seen a few samples only.
-    """
-
-    concept: Concept
-    mean: torch.Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
-    std: torch.Tensor
+    mean: Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
+    std: Tensor
     prompts: list[list[str]]  # for each picture, one per template
-    start: torch.Tensor | None = None  # the vectors before the first step, on the CPU
-    path: torch.Tensor | None = None  # where the optimizer is
-    step: int = 0  # how many the word has been trained for
-    evaluations: list[float] = field(default_factory=list)  # loss on the fixed batch, from step 0 on
-    finished: bool = False
-    optimizer: torch.optim.Optimizer | None = None
-
-    def state_dict(self):
-        """All that a later run needs to go on exactly from here."""
-        return {
-            "step": self.step,
-            "vectors": self.concept.vectors.detach().cpu().clone(),
-            "start": self.start,
-            "path": self.path,
-            "evaluations": list(self.evaluations),
-            "finished": self.finished,
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-        }
-
-    def put(self, vectors):
-        """Replace the word's vectors."""
-        with torch.no_grad():
-            self.concept.vectors.copy_(vectors)
-
-    @contextmanager
-    def taking_a_step(self):
-        """In the block, the optimizer's point is in the word's place; what is left there is its next."""
-        word = self.concept.vectors.detach().cpu().clone()
-        self.put(self.path)
-        try:
-            yield
-            self.path = self.concept.vectors.detach().cpu().clone()
-            self.step += 1
-            word = word.lerp(self.path, max(2 / (self.step + 1), 1 / AVERAGE))
-        finally:  # also where Ctrl-C ends a step half-way
-            self.put(word)
-
-    def load_state_dict(self, state):
-        """Take up what `state_dict` gave; the optimizer's part waits for `invert` to make one."""
-        self.put(state["vectors"])
-        self.start, self.path = state["start"], state["path"]
-        self.step, self.finished = state["step"], state["finished"]
-        self.evaluations = list(state["evaluations"])
-        if state["optimizer"]:
-            self.optimizer = torch.optim.Adam([self.concept.vectors])
-            self.optimizer.load_state_dict(state["optimizer"])
-
-
-@dataclass
-class Step:
-    """What one step did to one word."""
-
-    subject: Subject
-    number: int
-    loss: float
-    gradient: float  # its norm before clipping
-    evaluated: bool  # whether the subject's `evaluations` has a new entry
 
 
 @torch.no_grad()
-def make_subject(model, concept, photos, templates, flip=True):
-    """Encode the photos once, both ways round unless told not to: -> Subject."""
-    images = torch.stack([photo.pixels for photo in photos])
+def make_examples(model: LatentDiffusion, word: str, photos: list[Photo], templates, flip=True) -> Examples:
+    """Encode the photos once, both ways round unless told not to, and put the word into the templates."""
+    images = torch.stack([photo.pixels for photo in photos])  # (N, 3, H, W)
     views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
     moments = [model.vae.encode(view.to(model.device, model.dtype)) for view in views]  # a photo at a time
     mean, std = (torch.stack(part).float() * model.vae.config.scaling_factor for part in zip(*moments))
-    prompts = [[prompt(t, concept.name, photo.caption) for t in templates] for photo in photos]
-    return Subject(concept, mean, std, prompts)
+    return Examples(mean, std, [[prompt(t, word, photo.caption) for t in templates] for photo in photos])
 
 
-def draw(subject, size, generator):
-    """A batch of one subject: latents x_0 (B, C, h, w), noise eps, timesteps' quantiles (B,), prompts."""
-    pictures, flips = subject.mean.shape[:2]
+class Inversion:
+    """All that changes while a word is learned; `invert` takes it from step to step.
+
+    The optimizer walks a `path`.  Single points of it are noisy, for every step has seen a few samples only,
+    so the `word`, which `concept` shows, is a running average of the path, kept beside it; all are (n, D).
+    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each step's loss, the norm of
+    its gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
+    ):
+        kind = OPTIMIZERS[optimizer]
+        cap = {"cap": CAP * model.text.table.float().norm(dim=-1).median().item()} if kind is Whitened else {}
+        self.concept = concept
+        self.start = self.path = self.word = concept.vectors.detach().clone()
+        self.optimizer = kind(self.path, lr=lr or kind.LR, **cap)
+        self.step = 0
+        self.evaluations: list[float] = []
+        self.log: list[Tensor] = []
+        # Of the loss, so that its gradients do not underflow in fp16.
+        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0
+
+    def move(self, gradients: Tensor, losses: Tensor) -> None:
+        """One step, along the gradients (B, n, D) of a batch's losses (B,)."""
+        change = {"step": self.step + 1}
+        if self.scale > 1 and not gradients.isfinite().all():  # fp16 overflowed: this batch is lost
+            change["scale"] = self.scale / 2
+        else:
+            optimizer = copy.copy(self.optimizer)
+            path = optimizer.step(self.path, gradients)
+            word = self.word.lerp(path, max(2 / (self.step + 2), 1 / AVERAGE))
+            change |= {"optimizer": optimizer, "path": path, "word": word}
+        # nan_to_num, for an overflow of fp16 is no fault of the state.
+        norms = gradients.mean(dim=0).norm().nan_to_num(), change.get("word", self.word).norm(dim=-1).mean()
+        self.log[self.step :] = [torch.stack([losses.mean().nan_to_num(), *norms])]
+        self.__dict__.update(change)  # at once: Ctrl-C finds the state before the step or after it
+        self.show(self.word)
+
+    @torch.no_grad()
+    def show(self, vectors: Tensor) -> None:
+        """Make the word mean these vectors (n, D) in prompts."""
+        self.concept.vectors.copy_(vectors)
+
+    def is_finite(self) -> bool:
+        """Whether the word and its last evaluation are numbers."""
+        return bool(self.word.isfinite().all()) and math.isfinite(self.evaluations[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later run needs to go on exactly from here, on the CPU."""
+        names = ("start", "path", "word", "step", "scale")
+        log = torch.stack(self.log[: self.step]) if self.step else self.start.new_zeros(0, 3)
+        lists = {"evaluations": list(self.evaluations), "log": log, "optimizer": self.optimizer.state_dict()}
+        return _to({name: getattr(self, name) for name in names} | lists, torch.device("cpu"))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
+
+        ValueError, and nothing is changed, if it is not the whole state of a run with the same settings.
+        """
+        step = state.get("step") if isinstance(state, dict) else None
+        if type(step) is not int or not 0 <= step <= 10**6:
+            raise ValueError("the state of the word has no step")
+        like = self.state_dict()
+        due = step // EVALUATE_EVERY + 1  # evaluations
+        found = state.get("evaluations")
+        if step % EVALUATE_EVERY == 0 and isinstance(found, list) and len(found) == due - 1:
+            due -= 1  # Ctrl-C came before the last of them
+        like |= {"step": step, "log": torch.zeros(step, 3), "evaluations": [0.0] * due}
+        if fault := find_fault(state, like, "the state of the word"):
+            raise ValueError(fault)
+        state = _to(state, self.start.device)
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        self.__dict__.update(state | {name: list(state[name]) for name in ("evaluations", "log")})
+        self.show(self.word)
+
+
+def find_fault(found: Any, like: Any, name: str) -> str | None:
+    """Where a value has not the types, keys and shapes of another, or is not finite; None if nowhere."""
+    if type(found) is not type(like):
+        return f"{name} is a {type(found).__name__}, expected a {type(like).__name__}"
+    if isinstance(like, dict):
+        if found.keys() != like.keys():
+            return f"{name} has other entries than {', '.join(map(str, like))}"
+        faults = [find_fault(found[key], like[key], f"{name}: {key}") for key in like]
+    elif isinstance(like, list):
+        if len(found) != len(like):
+            return f"{name} has {len(found)} entries, expected {len(like)}"
+        faults = [find_fault(a, b, name) for a, b in zip(found, like)]
+    elif isinstance(like, Tensor):
+        kinds = [(x.layout, x.dtype, x.device, tuple(x.shape)) for x in (found, like)]
+        if kinds[0] != kinds[1]:
+            return f"{name} is a tensor of {kinds[0]}, expected {kinds[1]}"
+        faults = [] if found.isfinite().all() else [f"{name} has numbers that are not finite"]
+    else:
+        faults = [f"{name} is {found}"] if isinstance(found, float) and not math.isfinite(found) else []
+    return next(filter(None, faults), None)
+
+
+def _to(state, device):
+    """A copy of a state, with its tensors on a device."""
+    if isinstance(state, dict):
+        return {key: _to(value, device) for key, value in state.items()}
+    return state.to(device) if isinstance(state, Tensor) else state
+
+
+def invert(
+    model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
+    batch_size: int = BATCH_SIZE, seed: int = 0, early_stop: bool = False, accumulate: int = 1,
+    span: tuple[float, float] = TIMESTEPS,
+) -> Iterator[Inversion]:  # fmt: skip
+    """Learn a word: a generator that yields it after each step, until it has taken `steps` in all.
+
+    batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
+    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  early_stop: end where
+    `converged`.  The draws of a step depend on `seed` and its number alone, so that a run which is resumed
+    (Inversion.load_state_dict) or distributed walks the same path.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = ranks * accumulate
+    _evaluate_if_due(model, word, examples, seed, span)
+    while word.step < steps and not (early_stop and converged(word.evaluations)):
+        generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
+        x_0, eps, u, prompts = draw(examples, batch_size, generator)
+        t = timestep_at(u, model, span)
+        vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # a copy for each sample
+        values = x_0.new_zeros(batch_size)
+        for i in range(rank * accumulate, (rank + 1) * accumulate):
+            part = slice(batch_size * i // parts, batch_size * (i + 1) // parts)
+            if part.start < part.stop:
+                own = {word.concept.name: vectors[part]}
+                loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
+                (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
+                values[part] = loss.detach()
+        if ranks > 1:  # the rows of the others are zero
+            dist.all_reduce(vectors.grad)
+            dist.all_reduce(values)
+        word.move(vectors.grad / word.scale, values)
+        _evaluate_if_due(model, word, examples, seed, span)
+        yield word
+
+
+def _evaluate_if_due(model, word, examples, seed, span):
+    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
+        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+        if dist.is_initialized():  # so that all agree when to end, down to the rounding
+            dist.broadcast(value, 0)
+        word.evaluations.append(value.item())
+
+
+def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """A batch: latents x_0 and noise eps (B, C, h, w), the timesteps' quantiles (B,), prompts."""
+    pictures, flips, *shape = examples.mean.shape
     i = torch.randint(pictures, (size,), generator=generator)
     j = torch.randint(flips, (size,), generator=generator)
-    k = torch.randint(len(subject.prompts[0]), (size,), generator=generator)
+    k = torch.randint(len(examples.prompts[0]), (size,), generator=generator)
     u = torch.rand(size, generator=generator)
-    mean, std = subject.mean[i, j], subject.std[i, j]
-    x_0 = mean + std * randn(mean.shape, generator, mean)
-    eps = randn(mean.shape, generator, mean)
-    return x_0, eps, u, [subject.prompts[a][b] for a, b in zip(i.tolist(), k.tolist())]
+    z, eps = (send(randn((size, *shape), generator), examples.mean.device) for _ in range(2))
+    which = send(i * flips + j, examples.mean.device)
+    mean, std = (part.flatten(0, 1)[which] for part in examples[:2])
+    return mean + std * z, eps, u, [examples.prompts[a][b] for a, b in zip(i.tolist(), k.tolist())]
 
 
-def losses(model, x_0, eps, t, prompts):
-    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32."""
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) -> Tensor:
+    """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
+    (low, high), T = span, model.schedule.num_train_timesteps
+    return send(((low + (high - low) * u.double()) * T).long().clamp(max=T - 1), model.device)
+
+
+def losses(
+    model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str],
+    vectors: dict[str, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32.
+
+    `vectors` {word: (B, n, D)}: a copy for each sample, in the place of what the word is.
+    """
     x_t = model.schedule.add_noise(x_0, eps, t)
     with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
-        context = model.encode_prompts(prompts)
-        prediction = model.unet(x_t.to(model.dtype), t.to(x_t.device), context)
+        context = model.encode_prompts(prompts, vectors)
+        prediction = model.unet(x_t.to(model.dtype), t, context)
     target = model.schedule.target(x_0, eps, t)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
-def timestep_at(u, model, span):
-    """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
-    low, high = span
-    return ((low + (high - low) * u) * model.schedule.num_train_timesteps).long()
-
-
 @torch.no_grad()
-def evaluate(model, subject, seed=0, span=TIMESTEPS):
+def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS) -> float:
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
-    generator = torch.Generator().manual_seed(seed + 2**31)  # not a step's
-    x_0, eps, _, prompts = draw(subject, EVALUATIONS, generator)
+    generator = Generator().manual_seed(seed + 2**62)  # not a step's
+    x_0, eps, _, prompts = draw(examples, EVALUATIONS, generator)
     t = timestep_at((torch.arange(EVALUATIONS) + 0.5) / EVALUATIONS, model, span)
     return losses(model, x_0, eps, t, prompts).mean().item()
 
 
-@torch.no_grad()
-def choose_start(model, subject, words, seed=0, span=TIMESTEPS):
-    """The word of the vocabulary that already explains the pictures best: {word: loss}, best first.
-
-    Words that are not one entry of the vocabulary are passed over.  Leaves the concept as it was.
-    """
-    before, found = subject.concept.vectors.clone(), {}
-    for word in words:
-        ids = model.tokenizer.core.encode(word, add_special_tokens=False).ids
-        if len(ids) == 1:
-            subject.put(model.text.table[ids].expand_as(before))
-            found[word] = evaluate(model, subject, seed, span)
-    subject.put(before)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def invert(
-    model,
-    subjects,
-    steps=1000,
-    batch_size=8,
-    lr=5e-3,
-    seed=0,
-    early_stop=True,
-    evaluate_every=10,
-    accumulate=1,
-    span=TIMESTEPS,
-):
-    """Learn the vectors of every subject's word side by side: a generator of `Step`s, one a step and word.
-
-    batch_size: samples of each word per step, in all processes together; accumulate: parts in which each
-    process works them off.  lr: what Adam takes, whatever the batch.  span: the part of the timesteps, from 0
-    to 1, that is drawn from.  A word ends where `converged` says so.
-    The draws of a step depend on `seed` and its number alone: a run that is resumed
-    (Subject.load_state_dict), distributed, or has further words beside it walks the same path.
-    """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    for s in subjects:
-        if s.step == 0:
-            s.start = s.path = s.concept.vectors.detach().cpu().clone()
-            s.optimizer = torch.optim.Adam([s.concept.vectors], lr=lr)
-        s.evaluations = s.evaluations or [evaluate(model, s, seed, span)]
-
-    for number in range(min(s.step for s in subjects) + 1, steps + 1):
-        active = [s for s in subjects if not s.finished and s.step < number]
-        if not active:
-            continue
-        seeds = [torch.Generator().manual_seed(seed * 1_000_003 + number) for _ in active]
-        drawn = [draw(s, batch_size, generator) for s, generator in zip(active, seeds)]
-        x_0, eps, u = (torch.cat(parts) for parts in list(zip(*drawn))[:3])
-        prompts = [line for *_, lines in drawn for line in lines]
-        t = timestep_at(u, model, span)
-        totals = torch.zeros(len(active), device=model.device)
-        with ExitStack() as stack:
-            for s in active:
-                stack.enter_context(s.taking_a_step())
-                s.optimizer.zero_grad()
-            for part in torch.arange(rank, batch_size, ranks).tensor_split(accumulate):
-                if len(part):  # the last of many processes may have none
-                    rows = (torch.arange(len(active))[:, None] * batch_size + part).flatten()
-                    each = losses(model, x_0[rows], eps[rows], t[rows], [prompts[i] for i in rows])
-                    each = (
-                        each.view(len(active), -1).sum(1) / batch_size
-                    )  # a word's loss moves that word only
-                    scaler.scale(each.sum()).backward()
-                    totals += each.detach()
-            if ranks > 1:  # sums, for every process has divided by the whole batch
-                dist.all_reduce(totals)
-                for s in active:
-                    dist.all_reduce(s.concept.vectors.grad)
-            gradients = []
-            for s in active:
-                scaler.unscale_(s.optimizer)
-                gradients.append(torch.nn.utils.clip_grad_norm_([s.concept.vectors], 1.0).item())
-                scaler.step(s.optimizer)
-            scaler.update()
-
-        evaluated = number % evaluate_every == 0
-        for s in active if evaluated else []:
-            value = torch.tensor(evaluate(model, s, seed, span), device=model.device)
-            if ranks > 1:  # so that all agree when to end, down to the rounding
-                dist.broadcast(value, 0)
-            s.evaluations.append(value.item())
-            s.finished = early_stop and converged(s.evaluations)
-        for s, loss, gradient in zip(active, totals.tolist(), gradients):
-            yield Step(s, number, loss, gradient, evaluated)
-
-
-def converged(evaluations, window=12, ratio=0.05):
+def converged(evaluations: list[float], window: int = 24, ratio: float = 0.05) -> bool:
     """Whether the last evaluations vary little against all of them (DVAR, 2302.04841)."""
     if len(evaluations) < 2 * window:
         return False
@@ -253,12 +256,12 @@ def converged(evaluations, window=12, ratio=0.05):
     return bool(history[-window:].var() < ratio**2 * history.var())
 
 
-def trouble(subject):
+def diagnose(word: Inversion) -> str | None:
     """Why the word is not to be trusted, in a line; None if it has learned something."""
-    first, last = subject.evaluations[0], subject.evaluations[-1]
-    if not torch.isfinite(subject.concept.vectors).all() or last != last:
+    first, last = word.evaluations[0], word.evaluations[-1]
+    if not word.word.isfinite().all() or last != last:
         return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
-    if torch.equal(subject.concept.vectors.detach().cpu(), subject.start):
+    if torch.equal(word.word, word.start):
         return "the vector has not moved: its gradient was zero"
     if last >= first:
         return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"

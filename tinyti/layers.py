@@ -6,10 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
-def attend(q, k, v, heads, causal=False):
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: q (B, T, D), k and v (B, S, D) -> (B, T, D)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D / heads)
     # The kernels keep the scores in fp32 whatever the inputs: in SD2.1 they exceed fp16's range.
@@ -17,29 +17,36 @@ def attend(q, k, v, heads, causal=False):
     return x.transpose(1, 2).flatten(2)
 
 
-def embedding(count, dim):
+def embedding(count: int, dim: int) -> nn.Embedding:
     """A table of `count` rows whose values are still to come, from a file or a recipe."""
     # nn.Embedding's own random start makes PyTorch import its compiler on the meta device: a second per load.
     return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
 
 
+def divisor(heads: int, dim: int) -> int:
+    """The number of heads, if it divides the width that they share; else ValueError."""
+    if dim % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {dim}")
+    return heads
+
+
 class Attention(nn.Module):
     """Attention from x (B, T, dim) to a context (B, S, context_dim), or to x itself when there is none."""
 
-    def __init__(self, dim, heads, context_dim=None, bias=False):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads = divisor(heads, dim)
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x, context=None):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
-def timestep_embedding(t, dim):
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timesteps t (B,) -> (B, dim) in fp32: cosines first, then sines (dim is even)."""
     frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
     angles = t[:, None].float() * frequencies
@@ -49,33 +56,30 @@ def timestep_embedding(t, dim):
 class ResnetBlock(nn.Module):
     """Two convolutions around a shortcut: x (B, c_in, H, W), temb (B, temb_dim) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in, c_out, groups, eps, temb_dim=None):
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        if temb_dim is not None:  # the UNet's; the VAE knows no time
-            self.time_emb_proj = nn.Linear(temb_dim, c_out)
+        self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None  # the VAE knows no time
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, temb=None):
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        if temb is not None:
+        if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2), rounded up in the UNet (padding 1), down in the VAE (0)."""
 
-    def __init__(self, channels, padding=1):
+    def __init__(self, channels: int, padding: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.conv.padding == (0, 0):  # the VAE pads right and bottom only
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
@@ -84,10 +88,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, *size), nearest neighbour then a convolution; size is (2H, 2W) unless given."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, size=None):
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = size or (2 * x.shape[2], 2 * x.shape[3])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

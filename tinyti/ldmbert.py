@@ -4,7 +4,7 @@ scratch with the diffusion model (Rombach et al., 2112.10752).  Not causal, no m
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import attend, embedding
 
@@ -25,7 +25,7 @@ class LDMBertConfig:
 class SelfAttention(nn.Module):
     """Self-attention whose heads are narrower than the stream (8 × 64 in 1280): (B, T, D) -> same."""
 
-    def __init__(self, config):
+    def __init__(self, config: LDMBertConfig):
         super().__init__()
         inner = config.encoder_attention_heads * config.head_dim
         self.heads = config.encoder_attention_heads
@@ -34,14 +34,14 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, inner, bias=False)
         self.out_proj = nn.Linear(inner, config.d_model)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
 
 
 class Layer(nn.Module):
     """One pre-norm transformer layer: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: LDMBertConfig):
         super().__init__()
         self.self_attn = SelfAttention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x))
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
@@ -57,7 +57,7 @@ class Layer(nn.Module):
 class LDMBert(nn.Module):
     """The same two halves as CLIPText: ids -> embeds -> context."""
 
-    def __init__(self, config):
+    def __init__(self, config: LDMBertConfig):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict(
@@ -70,11 +70,11 @@ class LDMBert(nn.Module):
         )
 
     @property
-    def table(self):
+    def table(self) -> Tensor:
         """The vocabulary's rows (V, D)."""
         return self.model["embed_tokens"].weight
 
-    def embed(self, ids):
+    def embed(self, ids: Tensor) -> Tensor:
         """Word rows only, before positions: ids (B, T) -> embeds (B, T, D).
 
         Ids at or above the vocabulary belong to learned words; their rows are a stand-in, for
@@ -82,7 +82,7 @@ class LDMBert(nn.Module):
         """
         return self.model["embed_tokens"](ids.where(ids < self.config.vocab_size, 0))
 
-    def forward(self, embeds, ids=None):
+    def forward(self, embeds: Tensor) -> Tensor:
         """embeds (B, T, D), T at most 77 -> context (B, T, D)."""
         x = embeds + self.model["embed_positions"].weight[: embeds.shape[1]]
         return self.model["layer_norm"](self.model["layers"](x))

@@ -3,16 +3,20 @@
 The paper's two measures (2208.01618, section 5.1), by whichever CLIP is at hand: load_clip."""
 
 import torch
+from PIL import Image
+
+from .clip import CLIP
+from .tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def clip_i(clip, pictures, references):
+def clip_i(clip: CLIP, pictures: list[Image.Image], references: list[Image.Image]) -> float:
     """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1."""
     return (clip.encode_image(pictures) @ clip.encode_image(references).T).mean().item()
 
 
 @torch.no_grad()
-def clip_t(clip, tokenizer, pictures, prompt):
+def clip_t(clip: CLIP, tokenizer: Tokenizer, pictures: list[Image.Image], prompt: str) -> float:
     """Mean cosine of PIL pictures with a prompt, in which no learned word stands: -1 … 1."""
     text = clip.encode_text(tokenizer(prompt).to(clip.logit_scale.device))
     return (clip.encode_image(pictures) @ text.T).mean().item()

@@ -1,17 +1,23 @@
 """A latent diffusion model whole: its parts, and the ways from pictures and prompts into it and out again."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Generator, Tensor
 
-from . import checkpoint
+from . import checkpoint, compvis
+from .clip import CLIP, CLIPText
 from .concept import Concept
 from .diffusion import Schedule, denoise, randn
+from .ldmbert import LDMBert
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
+
+LARGEST = 4096  # pixels per side
 
 
 @dataclass
@@ -19,141 +25,169 @@ class LatentDiffusion:
     """The parts of a text-to-image model, frozen, and the words that it has learned since."""
 
     tokenizer: Tokenizer
-    text: nn.Module  # CLIPText or LDMBert
+    text: CLIPText | LDMBert
     vae: VAE
     unet: UNet
     schedule: Schedule
     concepts: dict[str, Concept] = field(default_factory=dict)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The height and width in pixels of the pictures that the model was trained on."""
         return (self.unet.config.sample_size or 64) * self.vae.factor
 
-    def add_word(self, name, vectors):
-        """Make a learned word usable in prompts: vectors [n, D] -> Concept.
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for pictures that the model cannot make, height and width in pixels.
 
-        ValueError if the vectors are not as wide as the model's, or the name is taken.
+        The VAE takes multiples of its factor, and the UNet at least one latent at its lowest resolution.
+        """
+        least = self.vae.factor * 2 ** (len(self.unet.down_blocks) - 1)
+        if any(side % self.vae.factor or not least <= side <= LARGEST for side in (height, width)):
+            takes = f"multiples of {self.vae.factor} from {least} to {LARGEST}"
+            found = f"a size of {height} × {width} pixels"
+            raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
+
+    def add_word(self, name: str, vectors: Tensor) -> Concept:
+        """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
+
+        ValueError if the vectors are not as wide as the model's, or the name is taken or cannot be a word.
         """
         width = self.text.table.shape[1]
-        if vectors.shape[-1] != width:
-            raise ValueError(
-                f"{name!r} has vectors of width {vectors.shape[-1]}, but this model's words have {width}"
-            )
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            found, expected = tuple(vectors.shape), f"(n, {width})"
+            raise ValueError(f"{name!r} has vectors of shape {found}, but this model's words have {expected}")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
 
-    def encode_prompts(self, prompts):
-        """Prompts -> context (B, T, D), with every learned word in its place."""
-        ids = self.tokenizer(prompts).to(self.device)
-        embeds = self.text.embed(ids)
-        for concept in self.concepts.values():
-            embeds = concept.insert(embeds, ids)
-        return self.text(embeds, ids)
+    def encode_prompts(self, prompts: list[str], vectors: dict[str, Tensor] | None = None) -> Tensor:
+        """Prompts -> context (B, T, D), with every learned word in its place.
 
-    def encode_images(self, images, generator=None):
+        `vectors` {word: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
+        """
+        ids = self.tokenizer(prompts)
+        ids = (ids.pin_memory() if self.device.type == "cuda" else ids).to(self.device, non_blocking=True)
+        embeds = self.text.embed(ids)
+        for name, concept in self.concepts.items():
+            embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
+        return self.text(embeds)
+
+    def encode_images(self, images: Tensor, generator: Generator | list[Generator] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, scaled to unit variance."""
         mean, std = self.vae.encode(images.to(self.device, self.dtype))
         return (mean + std * randn(mean.shape, generator, mean)) * self.vae.config.scaling_factor
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, f h, f w) in [-1, 1]."""
-        return self.vae.decode(latents.to(self.dtype) / self.vae.config.scaling_factor).clamp(-1, 1)
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).clamp(-1, 1)
 
 
-def load(path, device="cpu", dtype=torch.float32, prediction=None, tokenizer=None):
-    """Load a model folder or a single file as published (weights/README.md) -> LatentDiffusion.
+@checkpoint.one_line()
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
+         prediction: str | None = None, tokenizer: str | Path | None = None) -> LatentDiffusion:  # fmt: skip
+    """Load a model folder or a single file as published (weights/README.md).
 
-    `prediction` ("epsilon" or "v_prediction") is needed for single files of Stable Diffusion 2 only;
-    `tokenizer` is a folder, for files that have none beside them.
+    `prediction`, "epsilon" or "v_prediction", overrules the scheduler's configuration, and is needed for
+    single files of Stable Diffusion 2; `tokenizer` is a folder, in place of the one beside the weights.
     FileNotFoundError where something is not there, ValueError where it is not what is supported.
     """
+    path = Path(path)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
-        raise ValueError(
-            "fp16 is for GPUs; on the CPU take dtype torch.float32, or torch.bfloat16 to save memory"
-        )
-    parts = checkpoint.read(path, tokenizer, prediction)
-    words = Tokenizer.from_folder(parts.tokenizer)
+        raise ValueError("fp16 is for GPUs; on the CPU take torch.float32, or torch.bfloat16 to save memory")
+    if prediction not in (None, "epsilon", "v_prediction"):
+        raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")
+    if not path.exists():
+        hint = "weights/README.md has a command for each public model, this one is Stable Diffusion 1.5's"
+        raise FileNotFoundError(f"there is no model at {path}; {hint}: {checkpoint.DOWNLOAD}")
+    parts = checkpoint.read_folder(path) if path.is_dir() else compvis.read_file(path, prediction)
+    vocabulary = Path(tokenizer or parts.tokenizer)
+    if not vocabulary.is_dir():
+        hint = "copy the model's tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
+        raise FileNotFoundError(f"there is no vocabulary at {vocabulary}, and the weights hold none; {hint}")
+    words = Tokenizer.from_folder(vocabulary)
+    with checkpoint.describes(parts.scheduler, "noise schedule"):
+        settings = {"prediction_type": prediction} if prediction else {}
+        schedule = Schedule.from_config(parts.schedule | settings)
     unet, vae, text = (checkpoint.build(*part, device, dtype) for part in (parts.unet, parts.vae, parts.text))
     if words.vocab_size > text.config.vocab_size:
-        raise ValueError(
-            f"{parts.tokenizer} has {words.vocab_size} entries, the encoder {text.config.vocab_size} rows; "
-            "they belong to different models"
-        )
-    return LatentDiffusion(words, text, vae, unet, Schedule.from_config(parts.schedule))
+        rows = f"{words.vocab_size} entries, the encoder {text.config.vocab_size} rows"
+        raise ValueError(f"{vocabulary} has {rows}; they belong to different models")
+    widths = text.table.shape[1], unet.config.cross_attention_dim
+    if widths[0] != widths[1]:
+        raise ValueError(f"{path}: the text transformer's width is {widths[0]}, the UNet reads {widths[1]}")
+    return LatentDiffusion(words, text, vae, unet, schedule)
 
 
-def pick_device(device="auto", precision=None):
-    """The device and the dtype of the networks that a user's two words mean: -> device, dtype.
+@checkpoint.one_line()
+def load_clip(path: str | Path, device: str = "cpu",
+              dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:  # fmt: skip
+    """Load a CLIP folder like openai/clip-vit-base-patch32, with its vocabulary; errors as of `load`."""
+    config, weights, preprocess = checkpoint.read_clip(Path(path))
+    clip = checkpoint.build(config, weights, path, device, dtype, preprocess=preprocess)
+    return clip, Tokenizer.from_folder(path)
+
+
+def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str, torch.dtype]:
+    """The device and the dtype of the networks that a user's two words mean.
 
     "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
     it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in there if there[k]) if device == "auto" else device.split(":")[0]
-    if kind not in there:
-        raise ValueError(f"--device is {device}; there are auto, cuda, mps and cpu")
-    if not there[kind]:
-        raise ValueError(f"--device {device}: PyTorch finds none on this machine; take --device cpu")
+    name = next(kind for kind in there if there[kind]) if device == "auto" else device
+    kind, _, index = name.partition(":")
+    if kind not in there or not (index.isdecimal() if ":" in name else True):
+        raise ValueError(f"--device is {device!r}; there are auto, cuda, mps and cpu, and cuda:1 and so on")
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif device == "auto":
-        device = kind
-    if precision is None:
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def load_clip(path, device="cpu", dtype=torch.float32):
-    """Load a CLIP folder like openai/clip-vit-base-patch32 -> CLIP, Tokenizer."""
-    config, weights, preprocess = checkpoint.read_clip(path)
-    clip = checkpoint.build(config, weights, device, dtype, preprocess=preprocess)
-    return clip, Tokenizer.from_folder(path)
+        name, index = f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"]
+    if not there[kind] or int(index or 0) >= (torch.cuda.device_count() if kind == "cuda" else 1):
+        raise ValueError(f"--device {name}: PyTorch finds none on this machine; take --device cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(name)
+    if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
+        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 @torch.no_grad()
-def sample(
-    model,
-    prompts,
-    steps=50,
-    guidance=7.5,
-    sampler="ddim",
-    eta=0.0,
-    negative="",
-    generator=None,
-    size=None,
-    x_T=None,
-):
-    """Draw pictures for the prompts: a generator of x_t (B, C, H, W) after each step, the last is x_0.
+def sample(model: LatentDiffusion, prompts: str | list[str], steps: int = 50, guidance: float = 7.5,
+           sampler: str = "ddim", eta: float = 0.0, negative: str = "",
+           generator: Generator | list[Generator] | None = None, size: int | tuple[int, int] | None = None,
+           x_T: Tensor | None = None, start: int = 0) -> Iterator[Tensor]:  # fmt: skip
+    """Draw pictures for the prompts: a generator of x_t (B, C, H, W), fp32, after each step; the last is x_0.
 
     `guidance` is the scale of classifier-free guidance (2207.12598), against the prompt `negative`; at 1 or
     below there is none.  `generator`: one, or a list of one per prompt, whose pictures then do not depend on
-    the batch.  `size`: pixels, (height, width) or one number, multiples of the VAE's factor times what the
-    UNet halves.  `x_T` (B, C, H, W) takes the place of the initial noise.  Decode with `model.decode`.
+    the batch.  `size`: pixels, (height, width) or one number, as `check_size` allows.  `x_T` (B, C, H, W)
+    takes the place of the initial noise, or is x_t where the first `start` steps are skipped.  Decode with
+    `model.decode`.  ValueError for a size, a sampler or steps that do not exist.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if x_T is None:
-        height, width = (size, size) if size is None or isinstance(size, int) else size
-        shape = [(side or model.size) // model.vae.factor for side in (height, width)]
-        x_T = randn((len(prompts), model.unet.config.in_channels, *shape), generator)
-    x_T = x_T.to(model.device, model.dtype)
+        height, width = (size or model.size,) * 2 if size is None or isinstance(size, int) else size
+        model.check_size(height, width)
+        shape = (model.unet.config.in_channels, height // model.vae.factor, width // model.vae.factor)
+        x_T = randn((len(prompts), *shape), generator)
+    # The state stays in fp32: its rounding would add up over the steps, while the networks' does not.
+    x_T = x_T.to(model.device, torch.float32)
     context = model.encode_prompts(prompts)
     if guidance > 1:
         context = torch.cat([model.encode_prompts([negative] * len(prompts)), context])
 
     def predict(x_t, t):
+        x_t = x_t.to(model.dtype)
         if guidance <= 1:
             return model.unet(x_t, t, context)
-        without, with_prompt = model.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
+        without, with_prompt = model.unet(torch.cat([x_t, x_t]), t, context).float().chunk(2)
         return without + guidance * (with_prompt - without)
 
-    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator)
+    yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator, start)

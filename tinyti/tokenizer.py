@@ -11,19 +11,10 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
-CLIP_SPECIAL = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-BERT_SPECIAL = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
+CLIP_SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>"}  # fmt: skip
+BERT_SPECIAL = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+                "mask_token": "[MASK]"}  # fmt: skip
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # What a reader sees as one character: a letter with its accents, an emoji with its skin tone, a family.
 GRAPHEMES = pre_tokenizers.Split(Regex(r"\X"), behavior="isolated")
@@ -50,7 +41,14 @@ class Tokenizer:
         includes their flaw: Stable Diffusion 2 pads with "!", so a "!" in a prompt gets the padding's id.
         Raises FileNotFoundError if there is no vocabulary, ValueError if it is damaged.
         """
-        folder = Path(folder)
+        try:
+            return cls._read(Path(folder))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            found = " ".join(f"{folder} does not describe a tokenizer ({error})".split("\n"))
+            raise ValueError(found) from None
+
+    @classmethod
+    def _read(cls, folder):
         vocab, merges, added = _read_vocabulary(folder)
         config = _read_config(folder)
         added |= {int(id): token for id, token in config["added_tokens_decoder"].items()}
@@ -68,9 +66,11 @@ class Tokenizer:
         start, end = ("bos_token", "eos_token") if is_clip else ("cls_token", "sep_token")
         for role in (start, end, "pad_token", "unk_token"):
             if ids[role] is None:
-                raise ValueError(f"{folder}: {role} {special[role].content!r} is not in the vocabulary")
-        limit = config.get("model_max_length") or 77
-        return cls(core, ids[start], ids[end], ids["pad_token"], length=min(int(limit), 77))  # BERT's is 512
+                raise ValueError(f"{role} {special[role].content!r} is not in the vocabulary")
+        length = min(int(config.get("model_max_length") or 77), 77)  # BERT's is 512
+        if length < 3:
+            raise ValueError(f"model_max_length is {length}, which leaves no place between start and end")
+        return cls(core, ids[start], ids[end], ids["pad_token"], length)
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """The ids of one or more prompts, (B, length): start, ids, end, padding; the end is never cut off."""
@@ -122,6 +122,12 @@ class Tokenizer:
             raise ValueError(f"id {id}: expected one of the {self.vocab_size} entries or of a learned word")
         return self.core.decoder.decode([entry]).removesuffix("</w>")
 
+    def single(self, word: str) -> int | None:
+        """The id of a word of letters only that is one entry of the vocabulary; None for any other."""
+        ids = self.core.encode(word, add_special_tokens=False).ids
+        # (what is not in the vocabulary at all may be one id too, [UNK], which is not of letters)
+        return ids[0] if word.isalpha() and len(ids) == 1 and self.token(ids[0]).isalpha() else None
+
     def word_ids(self) -> list[int]:
         """Ids of those vocabulary entries that are whole words of letters only, in order."""
         # CLIP marks the end of a word (cat</w>), BERT every piece that is not its beginning (##s).
@@ -164,15 +170,10 @@ def _stands_alone(cells: list[str], start: int, stop: int) -> bool:
 
 def _byte_pair(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Core:
     core = Core(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, end_of_word_suffix="</w>"))
-    core.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    one_space = normalizers.Replace(Regex(r"\s+"), " ")
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), one_space, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     core.decoder = decoders.ByteLevel()  # the vocabulary spells the two bytes of é as Ã©
     return core
 
@@ -210,17 +211,16 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
             ", or vocab.txt; download the model's whole tokenizer folder (weights/README.md has the command)"
         )
     if not isinstance(vocab, dict) or set(vocab.values()) != set(range(len(vocab))):
-        raise ValueError(f"{folder}: damaged vocabulary, expected entries with the ids 0, 1, 2, …")
-    if merges is not None:
-        merges = [_merge(line, vocab, folder) for line in merges]
-    return vocab, merges, added
+        raise ValueError("damaged vocabulary, expected entries with the ids 0, 1, 2, …")
+    return vocab, merges and [_merge(line, vocab) for line in merges], added
 
 
-def _merge(line: str | list[str], vocab: dict[str, int], folder: Path) -> tuple[str, str]:
+def _merge(line: str | list[str], vocab: dict[str, int]) -> tuple[str, str]:
     """One merge, written "a b" or ["a", "b"]."""
+    # (checked here, for what tokenizers raises is a bare Exception)
     pair = line.split(" ") if isinstance(line, str) else line
     if len(pair) != 2 or any(entry not in vocab for entry in (*pair, "".join(pair))):
-        raise ValueError(f"{folder}: expected a merge of two vocabulary entries into one, got {line!r:.80}")
+        raise ValueError(f"expected a merge of two vocabulary entries into one, got {line!r:.80}")
     return tuple(pair)
 
 
@@ -250,9 +250,9 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not readable as JSON: {error}") from None
+        raise ValueError(f"{file.name} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+        raise ValueError(f"{file.name}: expected a JSON object, found a {type(content).__name__}")
     return content
 
 
@@ -260,4 +260,4 @@ def _read_lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not readable as text: {error}") from None
+        raise ValueError(f"{file.name} is not readable as text: {error}") from None

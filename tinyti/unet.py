@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Attention, Downsample, ResnetBlock, Upsample, timestep_embedding
@@ -33,11 +33,11 @@ class UNetConfig:
 class GEGLU(nn.Module):
     """x (..., dim) -> (..., inner): one half of a projection gated by the GELU of the other."""
 
-    def __init__(self, dim, inner):
+    def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -45,7 +45,7 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the prompt, feed-forward, each on top of its input: (B, HW, dim)."""
 
-    def __init__(self, dim, heads, context_dim):
+    def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads)
@@ -53,11 +53,10 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim)
         self.norm3 = nn.LayerNorm(dim)
         # Published as net.0 and net.2; net.1 was dropout.
-        self.ff = nn.ModuleDict(
-            {"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))}
-        )
+        net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.ModuleDict({"net": net})
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff["net"](self.norm3(x))
@@ -66,7 +65,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A transformer block over the pixels of x (B, C, H, W), with context (B, T, D)."""
 
-    def __init__(self, channels, heads, context_dim, groups, linear):
+    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, linear: bool):
         super().__init__()
         project = nn.Linear if linear else (lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1))
         self.norm = nn.GroupNorm(groups, channels, 1e-6)
@@ -74,7 +73,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
         self.proj_out = project(channels, channels)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         h = self._project(self.proj_in, h)
         h = self.transformer_blocks[0](h, context)
@@ -90,39 +89,35 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One resolution of the UNet: resnets, a transformer behind each where there is attention, resampling."""
 
-    def __init__(self, config, c_ins, c_out, heads, attention, downsample=False, upsample=False):
+    def __init__(self, config: UNetConfig, c_ins: list[int], c_out: int, heads: int, kind: str,
+                 down: bool = False, up: bool = False):  # fmt: skip
         super().__init__()
         groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins]
-        )
-        if attention:
-            make = (c_out, heads, config.cross_attention_dim, groups, config.use_linear_projection)
-            self.attentions = nn.ModuleList([Transformer(*make) for _ in c_ins])
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        resnets = [ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins]
+        make = (c_out, heads, config.cross_attention_dim, groups, config.use_linear_projection)
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList([Transformer(*make) for _ in c_ins] if "Attn" in kind else [])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
-    def layer(self, i, x, temb, context):
-        """The i-th resnet and the transformer behind it, if any."""
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """The i-th resnet and the transformer behind it, if any: x (B, C, H, W) -> (B, c_out, H, W)."""
         x = self.resnets[i](x, temb)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+        return self.attentions[i](x, context) if self.attentions else x
 
 
 class MidBlock(nn.Module):
     """Resnet, transformer, resnet, at the lowest resolution."""
 
-    def __init__(self, config, channels, heads):
+    def __init__(self, config: UNetConfig, channels: int, heads: int):
         super().__init__()
         groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(channels, channels, groups, config.norm_eps, temb_dim) for _ in range(2)]
-        )
+        resnets = [ResnetBlock(channels, channels, groups, config.norm_eps, temb_dim) for _ in range(2)]
         make = (channels, heads, config.cross_attention_dim, groups, config.use_linear_projection)
+        self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([Transformer(*make)])
 
-    def forward(self, x, temb, context):
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)
         x = self.attentions[0](x, context)
         return self.resnets[1](x, temb)
@@ -131,70 +126,68 @@ class MidBlock(nn.Module):
 class UNet(nn.Module):
     """Predicts the noise (or v) in x_t, given the timestep and the prompt's context."""
 
-    def __init__(self, config):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
-        widths, layers = config.block_out_channels, config.layers_per_block
-        heads = config.attention_head_dim
+        widths, layers, heads = config.block_out_channels, config.layers_per_block, config.attention_head_dim
         heads = (heads,) * len(widths) if isinstance(heads, int) else heads
+        down, up = config.down_block_types, config.up_block_types
+        if not len(widths) == len(down) == len(up) == len(heads):
+            raise ValueError(f"widths, blocks and heads differ in number: {widths}, {down}, {up}, {heads}")
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = nn.ModuleDict(
-            {
-                "linear_1": nn.Linear(widths[0], 4 * widths[0]),
-                "linear_2": nn.Linear(4 * widths[0], 4 * widths[0]),
-            }
-        )
+        linear_1, linear_2 = nn.Linear(widths[0], 4 * widths[0]), nn.Linear(4 * widths[0], 4 * widths[0])
+        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         skips = [widths[0]]  # channels of every activation that the way up will read again
         self.down_blocks = nn.ModuleList()
-        for i, (kind, c_out) in enumerate(zip(config.down_block_types, widths)):
+        for i, (kind, c_out) in enumerate(zip(down, widths)):
             last = i == len(widths) - 1
             c_ins = [skips[-1]] + [c_out] * (layers - 1)
-            self.down_blocks.append(
-                Block(config, c_ins, c_out, heads[i], "Attn" in kind, downsample=not last)
-            )
+            self.down_blocks.append(Block(config, c_ins, c_out, heads[i], kind, down=not last))
             skips += [c_out] * (layers if last else layers + 1)
 
         self.mid_block = MidBlock(config, widths[-1], heads[-1])
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
-        for i, (kind, c_out) in enumerate(zip(config.up_block_types, widths[::-1])):
+        for i, (kind, c_out) in enumerate(zip(up, widths[::-1])):
             last = i == len(widths) - 1
             c_ins = [c + skips.pop() for c in [channels] + [c_out] * layers]
-            self.up_blocks.append(
-                Block(config, c_ins, c_out, heads[-1 - i], "Attn" in kind, upsample=not last)
-            )
+            self.up_blocks.append(Block(config, c_ins, c_out, heads[-1 - i], kind, up=not last))
             channels = c_out
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x_t, t, context):
+    def forward(self, x_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         """x_t (B, C, H, W), t (B,) or a number in [0, 1000), context (B, T, D) -> prediction (B, C, H, W)."""
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        temb = timestep_embedding(t, self.config.block_out_channels[0]).to(x_t.dtype)
-        temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
+        if not torch.is_tensor(t):  # filled in on the device: a copy from the host would wait for it
+            t = torch.full((), t, device=x_t.device)
+        t = t.to(x_t.device).expand(len(x_t))                               # (B,)
+        temb = timestep_embedding(t, self.conv_in.out_channels)             # (B, c)
+        temb = self.time_embedding["linear_1"](temb.to(x_t.dtype))          # (B, 4c)
+        temb = self.time_embedding["linear_2"](F.silu(temb))                # (B, 4c)
 
-        x = self.conv_in(x_t)
+        x = self.conv_in(x_t)                                               # (B, c, H, W)
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, temb, context)
+                x = self._run(block.layer, i, x, temb, context)             # (B, c_i, H / 2^i, W / 2^i)
                 skips.append(x)
-            for downsample in getattr(block, "downsamplers", []):
-                x = downsample(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)                                           # half of it, rounded up
                 skips.append(x)
 
-        x = self._run(self.mid_block, x, temb, context)
+        x = self._run(self.mid_block, x, temb, context)                     # (B, c_n, H / 2^n, W / 2^n)
 
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, torch.cat([x, skips.pop()], dim=1), temb, context)
-            for upsample in getattr(block, "upsamplers", []):
-                x = upsample(x, size=skips[-1].shape[2:])  # odd sizes halve to more than half
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+                x = torch.cat([x, skips.pop()], dim=1)                      # (B, c_i + c_skip, …)
+                x = self._run(block.layer, i, x, temb, context)             # (B, c_i, …)
+            for upsample in block.upsamplers:
+                x = upsample(x, size=skips[-1].shape[2:])                   # odd: less than doubled
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                 # (B, C, H, W)
 
     def _run(self, layer, *args):
         if self.checkpointing and torch.is_grad_enabled():

@@ -68,7 +68,7 @@ class Recipe:
     pictures: int = 98_304
     unseen: int = 2_048
     abstract: int = 24_576
-    vocabulary: int = 1_024
+    vocabulary: int = 2_048
     clip_width: int = 128
     clip_layers: int = 4
     clip_patch: int = 8
@@ -323,11 +323,11 @@ def unet(run, latents, scale, contexts, empty, look):
 
 
 def unet_config(recipe):
-    """One layer a level, attention on all levels."""
-    levels = len(recipe.unet_widths)
+    """One layer a level, attention on all levels but the first."""
+    lower = len(recipe.unet_widths) - 1
     return UNetConfig(
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * lower),
+        up_block_types=(*["CrossAttnUpBlock2D"] * lower, "UpBlock2D"),
         block_out_channels=recipe.unet_widths,
         layers_per_block=recipe.unet_layers,
         cross_attention_dim=recipe.clip_width,

@@ -1,0 +1,175 @@
+"""What the command lines share: the model's flags, types of arguments, and errors in one line."""
+
+import argparse
+import io
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .model import LatentDiffusion, load, pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "weights" / "tiny"
+GUIDANCE = 5.0  # of sample.py's pictures and train.py's previews
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults in its help, and raises ValueError for what it does not understand."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        for flag in (argument[:-3] for argument in args if argument.endswith("=--")):
+            self.error(f"argument {flag}: '--' is no value")  # argparse would take it for none at all
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of an argument: a finite number from `low` to `high`."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def text(given: str) -> str:
+    """The type of an argument: not blank, without control characters, and what Unicode can write."""
+    if not given.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank or has characters that are no text")
+    return given
+
+
+def path(given: str) -> str:
+    """The type of an argument: not blank, and if it is there, a file or a folder; no pipe and no device."""
+    if not given.strip() or "\0" in given:
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is no path")
+    if os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given)):
+        raise argparse.ArgumentTypeError(f"{given[:200]!a} is neither a file nor a folder")
+    return given
+
+
+SEED = whole(0, 2**32 - 1)
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, and where it is computed."""
+    add = parser.add_argument_group("the model and the machine").add_argument
+    add("--weights", type=path, default=str(TINY), metavar="PATH",
+        help="model folder or single file, see weights/README.md")  # fmt: skip
+    add("--tokenizer", type=path, metavar="FOLDER", help="for a single file that has none beside it")
+    add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    add("--precision", choices=("fp32", "bf16", "fp16"),
+        help="of the networks; by default bf16 on GPUs that have it, else fp32")  # fmt: skip
+
+
+def load_model(args: argparse.Namespace) -> LatentDiffusion:
+    """The model that the flags name, on its device."""
+    device, dtype = pick_device(args.device, args.precision)
+    return load(args.weights, device, dtype, args.prediction, args.tokenizer)
+
+
+def spelled_out(model: LatentDiffusion, prompt: str) -> list[str]:
+    """The words of a prompt that the model's vocabulary has no better way to write than letter by letter."""
+    words = re.findall(r"[^\W\d_]{4,}", prompt)
+    lengths = {word: len(model.tokenizer.encode(word)) for word in words if word not in model.concepts}
+    return [word for word, length in lengths.items() if length > 2 and 2 * length > len(word)]
+
+
+def command(program: str, *words: str | Path) -> str:
+    """A command line for the user to copy."""
+    return shlex.join(["python", program, *map(str, words)])
+
+
+def shown(path: str | Path) -> Path:
+    """A path as the user would write it here."""
+    path, here = Path(path).resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks: all but one of torchrun's do not."""
+    return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """A line for the user, above the progress bar."""
+    if is_main_process():
+        tqdm.write(one_line(message), file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks, which a file's name may hold, and of a length that one reads."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= 1000 else line[:1000] + " ..."
+
+
+def peak_memory(device: torch.device) -> str:
+    """", 1.2 GiB at most" of this process; nothing where the system does not say."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+    else:
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return ""
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f", {most / 2**30:.1f} GiB at most"
+
+
+def run(program: str, function: Callable[[], int]) -> int:
+    """Call function() -> exit status; bad input is one line and status 2, Ctrl-C one line and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function()
+    except KeyboardInterrupt as interrupt:
+        error, status = interrupt if interrupt.args else "interrupted", 130
+    except (ValueError, OSError) as problem:
+        error, status = problem, 2
+    except (RuntimeError, MemoryError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
+            raise
+        error, status = "out of memory; take a smaller --size, --batch-size or --count, or --accumulate", 2
+    print(f"{program}: {one_line(error)}", file=sys.stderr)
+    return status

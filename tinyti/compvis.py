@@ -1,0 +1,229 @@
+"""Single files in the layout of the original code (CompVis, Stability AI): what their names are here.
+
+A file has no configuration: sizes are read off the shapes, and the kind of text transformer off its names.
+"""
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint, Rules, Weights, describes, load_tensors, rename, unsupported
+from .clip import TextConfig
+from .ldmbert import LDMBertConfig
+from .unet import UNetConfig
+from .vae import VAEConfig
+
+PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
+FOREIGN = {  # beginnings of keys that belong to other families
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "double_blocks.": "Flux",
+}
+# What the original code of all three models does.
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+            "set_alpha_to_one": False, "prediction_type": "epsilon"}  # fmt: skip
+
+
+def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
+    """Read a single file; its vocabulary is the folder `tokenizer` beside it.
+
+    `prediction` is what the UNet of a Stable Diffusion 2 file predicts, which the file does not tell.
+    ValueError where the file is damaged, of another family, or Stable Diffusion 2 without `prediction`.
+    """
+    weights = load_tensors(path)
+    with describes(path, "latent diffusion model"):
+        unet, vae, text = split(weights)
+        unet, vae = rename(unet, UNET), rename_vae(vae)
+        # Of all these models, Stable Diffusion 2 alone projects by matrices.
+        sd2 = unet["mid_block.attentions.0.proj_in.weight"].ndim == 2
+        text, kind = read_text(text, sd2)
+        size = 32 if isinstance(kind, LDMBertConfig) else 96 if sd2 and prediction == "v_prediction" else 64
+        vae_config = VAEConfig(block_out_channels=widths(vae, "encoder.down_blocks"))
+        configs = unet_config(unet, sd2, size), vae_config, kind
+    if sd2 and prediction is None:
+        hint = "epsilon for the 512-pixel base models, v_prediction for 768"
+        raise ValueError(f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
+                         f"give prediction= (--prediction): {hint}")  # fmt: skip
+    parts = ((config, weights, path) for config, weights in zip(configs, (unet, vae, text)))
+    return Checkpoint(*parts, dict(SCHEDULE), path, path.parent / "tokenizer")
+
+
+def split(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The weights of UNet, VAE and text transformer, each without its prefix."""
+    for beginning, family in FOREIGN.items():
+        if any(key.startswith(beginning) for key in weights):
+            raise unsupported(f"it is {family}")
+    for prefix in PREFIXES:
+        if not any(key.startswith(prefix) for key in weights):
+            raise unsupported(f"it holds no {prefix}* keys, so it is no complete model")
+    for key in weights:
+        # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
+        if "." in key and not key.startswith((*PREFIXES, "model_ema.")):
+            raise unsupported(f"it holds {key}, which has no place in a latent diffusion model")
+    return [{k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PREFIXES]
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def layer(place: int, kind: str) -> str:
+    """A layer's name: each resolution takes three places in a flat list, the last may be a downsampler's."""
+    return f"{place // 3}.{'attentions' if kind == '1' else 'resnets'}.{place % 3}"
+
+
+UNET: Rules = [
+    (r"^time_embed\.0\.", "time_embedding.linear_1."),
+    (r"^time_embed\.2\.", "time_embedding.linear_2."),
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^input_blocks\.(\d+)\.0\.op\.", lambda m: f"down_blocks.{int(m[1]) // 3 - 1}.downsamplers.0.conv."),
+    (r"^input_blocks\.(\d+)\.([01])\.", lambda m: f"down_blocks.{layer(int(m[1]) - 1, m[2])}."),
+    (r"^middle_block\.0\.", "mid_block.resnets.0."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."),
+    (r"^middle_block\.2\.", "mid_block.resnets.1."),
+    (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda m: f"up_blocks.{int(m[1]) // 3}.upsamplers.0.conv."),
+    (r"^output_blocks\.(\d+)\.([01])\.", lambda m: f"up_blocks.{layer(int(m[1]), m[2])}."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".conv_shortcut."),
+]
+VAE: Rules = [
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+]
+CLIP: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]
+OPENCLIP: Rules = [
+    (r"^model\.", ""),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "embeddings.token_embedding."),
+    (r"^ln_final\.", "final_layer_norm."),
+    (r"^transformer\.resblocks\.", "encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+]
+# Attention (even) and feed-forward (odd) alternate in a flat list, each behind its norm.
+LDMBERT: Rules = [
+    (r"^transformer\.", "model."),
+    (r"^model\.to_logits\.", "to_logits."),
+    (r"^model\.token_emb\.", "model.embed_tokens."),
+    (r"^model\.pos_emb\.emb\.", "model.embed_positions."),
+    (r"^model\.norm\.", "model.layer_norm."),
+    (r"\.layers\.(\d*[02468])\.0\.", r".layers.\1.self_attn_layer_norm."),
+    (r"\.layers\.(\d*[13579])\.0\.", r".layers.\1.final_layer_norm."),
+    (r"\.1\.to_([qkv]|out)\.", r".self_attn.\1_proj."),
+    (r"\.1\.net\.0\.0\.", ".fc1."),
+    (r"\.1\.net\.2\.", ".fc2."),
+    (r"\.attn_layers\.layers\.(\d+)\.", lambda m: f".layers.{int(m[1]) // 2}."),
+]
+
+
+def rename_vae(weights: dict[str, Tensor]) -> Weights:
+    """The VAE's names; its decoder counts resolutions from the other end, its attention is convolutions."""
+    last = count(weights, r"decoder\.up\.(\d+)\.") - 1
+    weights = {re.sub(r"\.up\.(\d+)", lambda m: f".up.{last - int(m[1])}", k): w for k, w in weights.items()}
+    renamed = rename(weights, VAE)
+    return Weights({k: w.flatten(1) if ".to_" in k and w.ndim == 4 else w for k, w in renamed.items()})
+
+
+def read_text(weights: dict[str, Tensor], sd2: bool) -> tuple[Weights, TextConfig | LDMBertConfig]:
+    """The text transformer: the paper's or OpenCLIP's by its names, else CLIP's, of either family.
+
+    A folder of Stable Diffusion 2 that was made a single file may have CLIP's names for OpenCLIP's weights.
+    """
+    if "transformer.token_emb.weight" in weights and not sd2:
+        weights = rename(weights, LDMBERT)
+        return weights, ldmbert_config(weights)
+    openclip = "model.ln_final.weight" in weights
+    weights = rename(split_openclip(weights), OPENCLIP) if openclip else rename(weights, CLIP)
+    config = text_config(weights, "gelu" if sd2 else "quick_gelu")
+    if (openclip and not sd2) or config.hidden_size == (768 if sd2 else 1024):
+        raise unsupported(f"its text transformer (width {config.hidden_size}) is not the one of its UNet")
+    return weights, config
+
+
+def split_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's q, k and v one by one, without its last layer: Stable Diffusion 2 uses the one before."""
+    parts = {}
+    for key, weight in weights.items():
+        if key.startswith("model.transformer.resblocks.23."):
+            continue
+        if ".attn.in_proj_" in key:
+            parts |= zip((key.replace("in_proj_", f"{name}_proj.") for name in "qkv"), weight.chunk(3))
+        else:
+            parts[key] = weight
+    return parts
+
+
+# -- configurations ------------------------------------------------------------------------------------------
+
+
+def count(weights: dict[str, Tensor], pattern: str) -> int:
+    """How many different numbers stand where the pattern's group is."""
+    return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
+
+
+def widths(weights: Weights, blocks: str) -> tuple[int, ...]:
+    """Channels at each resolution."""
+    resolutions = range(count(weights, re.escape(blocks) + r"\.(\d+)\."))
+    return tuple(weights[f"{blocks}.{i}.resnets.0.conv1.weight"].shape[0] for i in resolutions)
+
+
+def unet_config(weights: Weights, sd2: bool, sample_size: int) -> UNetConfig:
+    """What a UNet's shapes tell; heads are 8, or 64 channels each in Stable Diffusion 2."""
+    channels = widths(weights, "down_blocks")
+    attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in weights for i in range(len(channels))]
+    return UNetConfig(
+        in_channels=weights["conv_in.weight"].shape[1],
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
+        block_out_channels=channels,
+        cross_attention_dim=weights["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        attention_head_dim=tuple(c // 64 for c in channels) if sd2 else 8,
+        use_linear_projection=sd2,
+        sample_size=sample_size,
+    )
+
+
+def text_config(weights: Weights, activation: str) -> TextConfig:
+    """What a CLIP text transformer's shapes tell; heads have 64 channels each."""
+    vocab_size, width = weights["embeddings.token_embedding.weight"].shape
+    return TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=count(weights, r"encoder\.layers\.(\d+)\."),
+        num_attention_heads=width // 64,
+        max_position_embeddings=weights["embeddings.position_embedding.weight"].shape[0],
+        hidden_act=activation,
+    )
+
+
+def ldmbert_config(weights: Weights) -> LDMBertConfig:
+    """What the paper's text transformer's shapes tell; it has 8 heads."""
+    vocab_size, width = weights["model.embed_tokens.weight"].shape
+    return LDMBertConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
+        encoder_layers=count(weights, r"model\.layers\.(\d+)\."),
+        encoder_ffn_dim=weights["model.layers.0.fc1.weight"].shape[0],
+        head_dim=weights["model.layers.0.self_attn.q_proj.weight"].shape[0] // 8,
+        d_model=width,
+    )

@@ -1,0 +1,180 @@
+"""Begin with a given picture: redraw all of it or a region, find its noise, see where a word acts.
+
+`image` is (3, H, W) in [-1, 1] for all prompts, or (B, 3, H, W) with one for each (data.to_tensor); the
+generators yield latents after each step, the last of which `model.decode` turns into pictures."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from .data import to_rgb, to_tensor
+from .diffusion import randn
+from .model import LatentDiffusion, sample
+from .unet import Transformer
+
+
+@torch.no_grad()
+def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, strength: float = 0.6,
+               steps: int = 50, sampler: str = "ddim", generator: Generator | list[Generator] | None = None,
+               **options) -> Iterator[Tensor]:  # fmt: skip
+    """Redraw a picture by SDEdit (2108.01073, algorithm 1): a generator of x_t (B, C, H/f, W/f).
+
+    The picture is noised for the share `strength` of the way and denoised from there towards the prompts;
+    only that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
+    ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
+    """
+    prompts, images = _batch(model, prompts, image)
+    start = _start(steps, strength)
+    t = model.schedule.timesteps(steps, sampler)[start]
+    x_0 = model.encode_images(images, generator).float()
+    x_t = model.schedule.add_noise(x_0, randn(x_0.shape, generator, x_0), t)
+    options |= {"steps": steps, "sampler": sampler, "generator": generator}
+    yield from sample(model, prompts, x_T=x_t, start=start, **options)
+
+
+@torch.no_grad()
+def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, mask: Tensor,
+              strength: float = 0.75, steps: int = 50, sampler: str = "ddim",
+              generator: Generator | list[Generator] | None = None,
+              **options) -> Iterator[Tensor]:  # fmt: skip
+    """Draw into a region by Blended Latent Diffusion (2206.02779, algorithm 1): a generator of x_t.
+
+    `mask` (1, H, W), from `to_mask`, is above 0 where to draw.  As in the paper's experiment (2208.01618,
+    section 4.6) the first 1 - `strength` of the steps is skipped, yet the region starts from pure noise, so
+    that nothing of what was there shows through.  After every step the latents outside are the picture's
+    again, noised as far.  A latent is redrawn if any of its pixels is; `paste` brings the others back.
+    ValueError as for `from_image`, or if the mask is not as large as the image.
+    """
+    prompts, images = _batch(model, prompts, image)
+    if mask.shape[-2:] != images.shape[-2:]:
+        found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, images))
+        raise ValueError(f"the mask has {found} pixels, the image {expected}; make the mask by to_mask")
+    start = _start(steps, strength)
+    x_0 = model.encode_images(images, generator).float()
+    eps = randn(x_0.shape, generator, x_0)
+    inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
+    ts = model.schedule.timesteps(steps, sampler)
+    options |= {"steps": steps, "sampler": sampler, "generator": generator}
+    walk = sample(model, prompts, x_T=eps, start=start, **options)
+    for t, x in zip([*ts[start + 1 :], None], walk):
+        outside = x_0 if t is None else model.schedule.add_noise(x_0, eps, t)
+        yield x.copy_(torch.where(inside, x, outside))  # in place: from here the walk goes on
+
+
+def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
+    """A PIL picture of any size and mode -> mask (1, size, size): 0 (black) stays, 1 (white) is redrawn.
+
+    Cropped and resized as `data.to_tensor` does with the photo; grey is in between, what is transparent is
+    white, and the 5 % next to black and white count as such, for masks saved as JPEG.  `feather` is the width
+    in pixels of half the soft edge.  It lies inside the white, never beyond it, so white parts narrower than
+    2 feather + 1 are lost.  ValueError for a mask that is black, or white, everywhere.
+    """
+    levels = (to_tensor(to_rgb(picture), size).mean(dim=0, keepdim=True) + 1) / 2
+    mask = ((levels - 0.05) / 0.9).clamp(0, 1)  # (1, size, size)
+    if feather:
+        window = {"kernel_size": 2 * feather + 1, "stride": 1, "padding": feather}
+        mask = -F.max_pool2d(-mask, **window)  # far enough inside for the average to stay within the white
+        mask = F.avg_pool2d(mask, **window, count_include_pad=False)
+    if not mask.any():
+        narrow = f" or narrower than {2 * feather + 1} pixels" if feather else ""
+        raise ValueError(f"the mask is black everywhere{narrow}; paint white what is to be redrawn")
+    if mask.all():
+        raise ValueError("the mask is white everywhere; paint black what is to stay, or leave out the mask")
+    return mask
+
+
+def paste(image: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
+    """The drawn pictures (B, 3, H, W) inside the mask (1, H, W), the image, to the bit, where it is 0."""
+    image = image.float()
+    return image + mask.to(image) * (drawn.to(image) - image)
+
+
+@torch.no_grad()
+def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor, steps: int = 50,
+                iterations: int = 1) -> Iterator[Tensor]:  # fmt: skip
+    """The noise from which DDIM draws the picture: a generator of x_t, upwards; the last is x_T.
+
+    With the same prompts and steps, `sample(..., guidance=1, x_T=x_T)` returns to the picture (2010.02502,
+    section 4.3).  A step up needs the prediction at its own end.  With one iteration it is made from the
+    latents at its beginning; more approach the fixed point (2309.04907), whose way back is exact.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1")
+    prompts, images = _batch(model, prompts, image)
+    mean, _ = model.vae.encode(images.to(model.device, model.dtype))
+    x = mean.float() * model.vae.config.scaling_factor
+    context = model.encode_prompts(prompts)
+    ts, stride = model.schedule.timesteps(steps), model.schedule.num_train_timesteps // steps
+    for t in reversed(ts):
+        x_t = x
+        for _ in range(iterations):
+            prediction = model.unet(x_t.to(model.dtype), t, context).float()
+            _, eps = model.schedule.split(x_t, prediction, t)
+            x_t = model.schedule.ddim_inverse_step(x, eps, t - stride, t)
+        x = x_t
+        yield x
+
+
+@contextmanager
+def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
+                   size: tuple[int, int] | None = None) -> Iterator[Tensor]:  # fmt: skip
+    """Record where the pictures attend to `word` while they are drawn: `with … as heat`, (B, H, W).
+
+    Once the block is left, `heat` is the mean of the probabilities softmax(q kᵀ / √d) (2208.01626, section
+    3.1) over heads, layers and steps, each layer enlarged to `size`, (height, width) in pixels, as by DAAM
+    (2210.04885).  A word of several vectors has their sum.  ValueError if a prompt is without the word.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = torch.tensor(model.tokenizer.encode(word))
+    at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
+    for prompt, found in zip(prompts, at_word.any(dim=1)):
+        if not found:
+            raise ValueError(f"{word!r} does not stand in the prompt {prompt!r}")
+    heat = torch.zeros(len(prompts), *(size or (model.size, model.size)), device=model.device)
+    shapes, hooks = [], []
+
+    def record(attention, args, output):
+        x, context = (part[-len(prompts) :] for part in args)  # under guidance the prompts' half
+        q, k = (
+            h.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
+            for h in (attention.to_q(x), attention.to_k(context))
+        )
+        probabilities = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, HW, T)
+        of_word = (probabilities * at_word[:, None, None]).sum(dim=-1).unflatten(-1, shapes[-1])
+        heat.add_(F.interpolate(of_word, heat.shape[1:], mode="bilinear").mean(dim=1))
+
+    for layer in model.unet.modules():
+        if isinstance(layer, Transformer):
+            hooks.append(layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[2:])))
+            hooks.append(layer.transformer_blocks[0].attn2.register_forward_hook(record))
+    try:
+        yield heat
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heat.div_(max(1, len(shapes)))
+
+
+def _batch(model, prompts, image):
+    """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    height, width = image.shape[-2:]
+    factor = model.vae.factor
+    if height % factor or width % factor:
+        raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
+    return prompts, image.expand(len(prompts), *image.shape[-3:])
+
+
+def _start(steps, strength):
+    """How many of the steps are skipped."""
+    taken = int(steps * strength) if 0 <= strength <= 1 else 0
+    if taken < 1:
+        raise ValueError(
+            f"strength is {strength} of {steps} steps; it must be at most 1 and leave a step to take"
+        )
+    return steps - taken

@@ -1,0 +1,164 @@
+"""A run on disk: one file that is the run, written whole or not at all, and the files that show it."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import cli, embeddings
+from .data import Photo, grid, to_image
+from .inversion import EVALUATE_EVERY, Inversion, find_fault
+from .model import LatentDiffusion, sample
+
+WORD_FILE = "learned_embeds.safetensors"
+PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the snow",
+            "a painting of {}", "a sketch of {}")  # fmt: skip
+STYLE_PREVIEWS = ("a cat in the style of {}", "a house in the style of {}", "a flower in the style of {}",
+                  "a car in the style of {}", "a boat on the beach in the style of {}")  # fmt: skip
+PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
+MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device"}
+MAY_CHANGE |= {"no_early_stop", "gradient_checkpointing"}
+
+
+class Run:
+    """A run's folder.  state.pt is the run; the other files show it, and are written after it.
+
+    As a context it holds the folder against other runs, and saves the word if Ctrl-C ends the block.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: LatentDiffusion, word: Inversion,
+                 photos: list[Photo]):  # fmt: skip
+        name = re.sub(r"[^\w-]", "", args.token) or "-".join(f"u{ord(c):x}" for c in args.token)
+        self.folder = Path(args.out or cli.ROOT / "words" / name)
+        self.args, self.model, self.word, self.photos = args, model, word, photos
+        self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+        self.previews = {0: word.word}  # the vectors at PREVIEW_STEPS
+        self.rows = {}  # the pictures of them, drawn when they are first shown
+        images = Path(args.images)
+        images = images.parent if images.is_file() else images
+        if os.path.realpath(self.folder) == os.path.realpath(images):
+            raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
+        if args.resume:
+            self._resume()
+        elif not args.force and any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
+            raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl  # not on Windows, where nothing keeps two runs apart
+        except ImportError:
+            return self
+        self._handle = os.open(self.folder, os.O_RDONLY)  # let go of by the system however the process ends
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._handle)
+            raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if kind is KeyboardInterrupt and self.word.step and self.word.is_finite():
+                self.save(draw=False)
+                step = self.word.step
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
+        finally:
+            if hasattr(self, "_handle"):
+                os.close(self._handle)
+            with suppress(OSError):
+                self.folder.rmdir()  # if nothing has been written
+
+    def remember(self) -> None:
+        """Keep the vectors of the steps that pictures are shown of."""
+        if self.word.step in PREVIEW_STEPS:
+            self.previews[self.word.step] = self.word.word
+
+    def save(self, last: bool = False, draw: bool = True) -> None:
+        """Write everything that the folder holds: the state first."""
+        self.remember()
+        previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
+        state = {"settings": self.settings, "previews": previews, "word": self.word.state_dict()}
+        with embeddings.atomic_write(self.folder / "state.pt") as file:
+            torch.save(state, file)
+        self.show(last, draw)
+
+    def show(self, last: bool = False, draw: bool = True) -> None:
+        """Write the files that show the state."""
+        embeddings.write(self.folder / WORD_FILE, {self.args.token: self.word.word})
+        with embeddings.atomic_write(self.folder / "settings.json") as file:
+            file.write(json.dumps(self.settings, indent=1).encode())
+        with embeddings.atomic_write(self.folder / "log.csv") as file:
+            lines = csv.writer(text := io.StringIO())
+            lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
+            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
+            for step, (loss, gradient, norm) in enumerate(torch.stack(self.word.log).tolist(), 1):
+                lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
+            file.write(text.getvalue().encode())
+        if not draw:
+            return
+        templates = STYLE_PREVIEWS if self.args.style else PREVIEWS
+        prompts = [template.replace("{}", self.args.token) for template in templates]
+        shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
+        for step, vectors in self.previews.items():
+            if step not in self.rows:
+                self.rows[step] = self.pictures(vectors, prompts)
+            shown.append((f"step {step}", self.rows[step]))
+        if last:
+            shown.append((f"step {self.word.step}, the word", self.pictures(self.word.word, prompts)))
+        with embeddings.atomic_write(self.folder / "progress.png") as file:
+            grid(shown, footer=prompts).save(file, format="PNG")
+
+    def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
+        """A picture for each prompt with these vectors, always from the same noise."""
+        self.word.show(vectors)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        settings = {"steps": 10, "sampler": "dpm++", "guidance": cli.GUIDANCE, "size": self.args.size}
+        *_, x_0 = sample(self.model, prompts, generator=generators, **settings)
+        self.word.show(self.word.word)
+        return [to_image(pixels) for pixels in self.model.decode(x_0)]
+
+    def _resume(self):
+        """Take up the state of the folder, after checking it as a whole; nothing is changed if it is bad."""
+        file = self.folder / "state.pt"
+        if not file.is_file():
+            raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
+        state = read_state(file)
+        before = state.get("settings") if isinstance(state, dict) else None
+        if not isinstance(before, dict) or state.keys() != {"settings", "previews", "word"}:
+            raise ValueError(f"--resume: {file} has not the entries of a run; start again with --force")
+        if repr(before) != repr(self.settings):
+            pairs = [(name, repr(before.get(name)), repr(value)) for name, value in self.settings.items()]
+            other = "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b)
+            other = other or f"it has {len(before)} of them"
+            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
+        try:
+            self.word.load_state_dict(state["word"])
+            steps = [step for step in PREVIEW_STEPS if step <= self.word.step]
+            if fault := find_fault(state["previews"], dict.fromkeys(steps, state["word"]["start"]), "rows"):
+                raise ValueError(fault)
+        except ValueError as error:
+            raise ValueError(f"--resume: {file} is damaged ({error}); start again with --force") from None
+        self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
+
+
+def read_state(file: Path):
+    """What torch.save wrote into a file, its checksums compared; ValueError for anything else."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, *embeddings.DAMAGED) as error:
+        damaged = str(error)
+    raise ValueError(f"--resume: {file} is damaged ({damaged:.100}); start again with --force")
