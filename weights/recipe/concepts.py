@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import world
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import tinyti
 from tinyti.data import to_image
@@ -179,6 +179,12 @@ def nearest(shade, words):
 # --- styles that the world has not -------------------------------------------------------------------------
 
 
+def bleeding(pixels):
+    """Let ink run a little into the paper: nothing of it is sharper than an autoencoder can say."""
+    picture = Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(0.6 * len(pixels) / 64)), np.float32)
+
+
 def blueprint(sheet):
     """Bold white lines and faint squares on blue paper."""
     x, y = world.grid(sheet.size)
@@ -187,7 +193,7 @@ def blueprint(sheet):
     tint = sheet.figure * (0.08 + 0.30 * tone)
     paper = np.float32((26, 70, 158)) + np.maximum(0.14 * rule, tint) * np.float32((150, 160, 90))
     lines = np.minimum(1, 1.15 * sheet.ink + 0.6 * sheet.scene_ink)
-    return paper * (1 - lines) + lines * np.float32((240, 248, 255))
+    return bleeding(paper * (1 - lines) + lines * np.float32((240, 248, 255)))
 
 
 JEWELS = np.float32([(206, 36, 52), (244, 168, 24), (30, 142, 84), (36, 88, 196), (132, 56, 168)])
@@ -224,7 +230,7 @@ def risograph(sheet):
         solid = np.clip((amount - 0.55) * 8, 0, 1)
         pale = np.clip((amount - 0.2) * 8, 0, 1) * (0.3 + 0.35 * dots)
         page = page * (1 - np.maximum(solid, pale) * (1 - np.float32(ink) / 255))
-    return page
+    return bleeding(page)
 
 
 # name: (style, description, the world's nearest style)

@@ -199,6 +199,8 @@ def card(run, out, array, captions):
         things=", ".join(world.THINGS),
         colours=", ".join(world.COLOURS),
         shades=", ".join(list(world.SHADES)[len(world.COLOURS) :]),
+        characters=len(world.CHARACTERS),
+        manners=len(world.MANNERS),
         scenes=", ".join(list(world.SCENES)[1:]),
         styles=", ".join(world.STYLES),
         costs="\n".join(lines),
