@@ -1,9 +1,9 @@
 """What tinyti costs beside the way of diffusers' example script.  A program, no test: nothing here fails.
 
-    python -m tests.bench step                                            # the miniature, batch 4
-    python -m tests.bench step --weights sd15 --size 256 512 --batch 1    # random weights of that size
-    python -m tests.bench step --batch 1 4 8 16 --vectors 1 4             # how it grows
-    python -m tests.bench alone --weights sd15 --size 256 --batch 1       # loading and memory
+    python -m tests.bench step                                                 # the miniature, batch 4
+    python -m tests.bench step --batch 1 4 8 16 --vectors 1 4                  # how it grows
+    python -m tests.bench step --weights sd15 --size 256 512 --batch 1 --rounds 3 --block 1
+    python -m tests.bench alone --weights sd15 --size 256 --batch 1 --rounds 3 --block 2
     python -m tests.bench quality --sets cat dog --seeds 0 1
 
 The sides take turns, so that what else the machine does is shared, and the medians of all turns are compared.
@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import tinyti
 from tinyti import embeddings, whitened
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder
 from tinyti.inversion import BATCH_SIZE, STEPS, Inversion, invert, make_examples
+from tinyti.run import WORD_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "weights" / "tiny"
@@ -57,8 +59,14 @@ class Ours:
         next(self.steps)
 
 
-def load_theirs(weights):
+def load_ours(weights):
     """VAE, UNet and text transformer."""
+    model = tinyti.load(weights)
+    return model.vae, model.unet, model.text
+
+
+def load_theirs(weights):
+    """The same of theirs."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -69,9 +77,8 @@ def load_theirs(weights):
 class Theirs:
     """diffusers' examples/textual_inversion, its loop in our words: what it computes, and in which order."""
 
-    def __init__(
-        self, weights, images, size, batch, vectors, device, precision, style=False, init=None, seed=0
-    ):
+    def __init__(self, weights, images, size, batch, vectors, device, precision,
+                 style=False, start=None, seed=0):  # fmt: skip
         from diffusers import DDPMScheduler
         from transformers import CLIPTokenizer
 
@@ -83,19 +90,18 @@ class Theirs:
         self.tokenizer = CLIPTokenizer.from_pretrained(weights, subfolder="tokenizer")
         self.noise = DDPMScheduler.from_pretrained(weights, subfolder="scheduler")
         self.vae, self.unet, self.text = load_theirs(weights)
-        rows = self.text.config.vocab_size
         self.names = [f"<placeholder-{i}>" for i in range(vectors)]
         self.tokenizer.add_tokens(self.names)
         self.ids = self.tokenizer.convert_tokens_to_ids(self.names)
-        self.text.resize_token_embeddings(rows + vectors, mean_resizing=False)
+        self.text.resize_token_embeddings(self.text.config.vocab_size + vectors, mean_resizing=False)
         self.vae.requires_grad_(False).to(self.device, self.dtype)
         self.unet.requires_grad_(False).to(self.device, self.dtype)
         self.text.requires_grad_(False).to(self.device).train()  # stays in fp32
         table = self.text.get_input_embeddings().requires_grad_()
         self.table = table.weight
-        start = self.tokenizer.convert_tokens_to_ids(f"{init}</w>") if init else 0
+        start_id = self.tokenizer(start, add_special_tokens=False).input_ids[0] if start else 0
         with torch.no_grad():
-            self.table[self.ids] = self.table[start]
+            self.table[self.ids] = self.table[start_id]
         self.before = self.table.detach().clone()
         self.frozen = torch.ones(len(self.table), dtype=torch.bool, device=self.device)
         self.frozen[self.ids] = False
@@ -133,6 +139,7 @@ class Theirs:
 
 
 SIDES = {"tinyti": Ours, "diffusers": Theirs}
+LOADERS = {"tinyti": load_ours, "diffusers": load_theirs}
 
 
 def clock(step, count, device):
@@ -165,27 +172,9 @@ def matrix_rate(device, precision, side=2048):
     return 2 * side**3 / min(clock(lambda: a @ a, 1, device) for _ in range(5))
 
 
-def compare(args, size, batch, vectors):
-    """Both sides in turn: the median seconds of a step, and its operations, of each."""
-    settings = (size, batch, vectors, args.device, args.precision)
-    sides = [kind(args.weights, args.images, *settings) for kind in SIDES.values()]
-    counts = [operations(side.step) for side in sides]  # on the first step, which is a warm-up, too
-    turns = [[clock(side.step, args.block, args.device) for side in sides] for _ in range(args.rounds)]
-    return [statistics.median(seconds) for seconds in zip(*turns)], counts
-
-
-def isolated(*words):
-    """What a section of this program, run in a process of its own, prints as JSON."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.bench", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def row(*cells):
-    """A line of a table: text to the left, numbers to four digits."""
-    cells = (cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells)
-    print(f"| {' | '.join(cells)} |", flush=True)
+    """A line of a table."""
+    print("|", " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells), "|")
 
 
 def head(*cells):
@@ -193,52 +182,58 @@ def head(*cells):
     row(*["---"] * len(cells))
 
 
+def isolated(function, **arguments):
+    """What a function of this file prints as JSON, in a process of its own."""
+    command = [sys.executable, "-c", f"import tests.bench as b; b.{function.__name__}(**{arguments!r})"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cases(args):
+    """All sizes, batches and numbers of vectors: what both sides are made with."""
+    shared = {name: getattr(args, name) for name in ("weights", "images", "device", "precision")}
+    for size, batch, vectors in itertools.product(args.size, args.batch, args.vectors):
+        yield shared | {"size": size, "batch": batch, "vectors": vectors}
+
+
 def step(args):
-    """Every size and batch: seconds and operations of a step, and the share of the machine's matrix rate."""
+    """Seconds and operations of a step, and the share of the machine's matrix rate."""
     rate = matrix_rate(args.device, args.precision)
     print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s\n")
-    names = "tinyti ms", "diffusers ms", "ratio", "ratio of operations", "GFLOP", "of the rate"
+    names = "tinyti s", "diffusers s", "ratio", "ratio of operations", "TFLOP", "of the rate"
     head("pixels", "batch", "vectors", *names)
-    for case in itertools.product(args.size, args.batch, args.vectors):
-        (a, b), (m, n) = compare(args, *case)
-        row(*case, 1e3 * a, 1e3 * b, b / a, n / m, m / 1e9, f"{m / a / rate:.0%}")
+    for case in cases(args):
+        sides = [kind(**case) for kind in SIDES.values()]
+        m, n = (operations(side.step) for side in sides)  # of the first step, which is a warm-up, too
+        turns = [[clock(side.step, args.block, args.device) for side in sides] for _ in range(args.rounds)]
+        a, b = (statistics.median(seconds) for seconds in zip(*turns))
+        shown = case["size"], case["batch"], case["vectors"]
+        row(*shown, a, b, b / a, n / m, m / 1e12, f"{m / a / rate:.0%}")
 
 
 def alone(args):
-    """Seconds to have every weight in memory, and the peak of it over some steps; a process a side."""
+    """Seconds to have every weight in memory, and the peak of memory over some steps."""
     names = "tinyti loads in s", "diffusers", "ratio", "tinyti GiB", "diffusers", "ratio"
     head("pixels", "batch", "vectors", *names)
-    flags = [
-        f"--{name}={getattr(args, name)}" for name in ("weights", "images", "device", "precision", "block")
-    ]
-    for size, batch, vectors in itertools.product(args.size, args.batch, args.vectors):
-        case, found = ["--size", size, "--batch", batch, "--vectors", vectors], {side: [] for side in SIDES}
-        for _ in range(args.rounds):
-            for side in SIDES:
-                found[side].append(isolated("process", *flags, *case, "--side", side))
-        (a, m), (b, n) = (map(statistics.median, zip(*values)) for values in found.values())
-        row(size, batch, vectors, a, b, b / a, m, n, n / m)
+    for case in cases(args):
+        turns = [[isolated(process, side=side, block=args.block, **case) for side in SIDES]
+                 for _ in range(args.rounds)]  # fmt: skip
+        (a, m), (b, n) = (map(statistics.median, zip(*found)) for found in zip(*turns))
+        row(case["size"], case["batch"], case["vectors"], a, b, b / a, m, n, n / m)
 
 
-def process(args):
+def process(side, block, **case):
     """One side of `alone`."""
-    import resource
-
     began = time.perf_counter()
-    if args.side == "tinyti":
-        model = tinyti.load(args.weights)
-        parts = [model.vae, model.unet, model.text]
-    else:
-        parts = load_theirs(args.weights)
-    for p in (p for part in parts for p in part.parameters()):
+    parts = LOADERS[side](case["weights"])
+    for p in [p for part in parts for p in part.parameters()]:
         p.sum().item()  # a file that is only mapped has not been read yet
     seconds = time.perf_counter() - began
-    del parts[:]
-    case = (args.size[0], args.batch[0], args.vectors[0], args.device, args.precision)
-    side = SIDES[args.side](args.weights, args.images, *case)
-    clock(side.step, args.block, args.device)
+    del parts, p
+    clock(SIDES[side](**case).step, block, case["device"])
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak
+    peak = torch.cuda.max_memory_allocated() if case["device"].startswith("cuda") else peak
     print(json.dumps([seconds, peak / 2**30]))
 
 
@@ -266,29 +261,27 @@ def quality(args):
 def programs(args, name, seed, out, about):
     """Run both on a set: {(side, samples): (seconds since the program's start, the word's file)}."""
     images, is_style = ROOT / "concepts" / name, about["kind"] == "style"
-    command = [sys.executable, "train.py", "--images", images, "--token", "S*", "--seed", seed]
-    command += ["--weights", args.weights, "--device", args.device, "--out", out, *["--style"] * is_style]
+    command = [sys.executable, "train.py", "--images", images, "--token", "S*", "--seed", seed, "--out", out]
+    command += ["--weights", args.weights, "--device", args.device, *["--style"] * is_style]
     began = time.time()
-    subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    words = {("tinyti", STEPS * BATCH_SIZE): (time.time() - began, out)}
-    flags = ["--weights", args.weights, "--images", images, "--device", args.device, "--seeds", seed]
-    flags += ["--out", out, "--steps", args.steps, "--init", about["start"], *["--style"] * is_style]
+    subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)  # status 1: nothing learned
+    words = {("tinyti", STEPS * BATCH_SIZE): (time.time() - began, out / WORD_FILE)}
+    case = {"weights": args.weights, "images": str(images), "size": args.size[0], "batch": RECIPE["batch"]}
+    case |= {"vectors": 1, "device": args.device, "precision": "fp32"}
+    case |= {"style": is_style, "start": about["start"], "seed": seed}
     began = time.time()
-    for steps, ended in isolated("recipe", *flags).items():
+    for steps, ended in isolated(recipe, out=str(out), steps=args.steps, **case).items():
         words["diffusers", int(steps) * RECIPE["batch"]] = ended - began, out / f"{steps}.safetensors"
     return words
 
 
-def recipe(args):
-    """diffusers' program in `quality`: its README's settings; words along the way, and when each came."""
-    size = tinyti.load(args.weights).size
-    side = Theirs(args.weights, args.images, size, RECIPE["batch"], 1, args.device, "fp32",
-                  args.style, args.init, args.seeds[0])  # fmt: skip
-    ended = {}
-    for i in range(1, args.steps + 1):
+def recipe(out, steps, **case):
+    """diffusers' program in `quality`: words along the way, and when each came."""
+    side, ended = Theirs(**case), {}
+    for i in range(1, steps + 1):
         side.step()
-        if i in (25, 50, 100, 250, 500, 1000, 2000) or i == args.steps:
-            embeddings.write(Path(args.out) / f"{i}.safetensors", {"S*": side.table[side.ids].detach()})
+        if i in (25, 50, 100, 250, 500, 1000, 2000, steps):
+            embeddings.write(Path(out) / f"{i}.safetensors", {"S*": side.table[side.ids].detach()})
             ended[i] = time.time()
     print(json.dumps(ended))
 
@@ -326,10 +319,6 @@ def main():
     add("--sets", nargs="+", default=["cat"])
     add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, default=RECIPE["steps"], help="of the diffusers recipe")
-    add("--side", choices=SIDES, help=argparse.SUPPRESS)
-    add("--out", help=argparse.SUPPRESS)
-    add("--init", help=argparse.SUPPRESS)
-    add("--style", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.weights in ("sd15", "sd21"):
@@ -338,7 +327,7 @@ def main():
         SECTIONS[args.section](args)
 
 
-SECTIONS = {f.__name__: f for f in (step, alone, quality, process, recipe)}
+SECTIONS = {f.__name__: f for f in (step, alone, quality)}
 
 if __name__ == "__main__":
     main()
