@@ -122,10 +122,10 @@ def add_word(model, vectors):
     return model.add_word("S*", vectors)
 
 
-def pictures(model, prompt, count):
-    """Pictures of a prompt, always from the same noise."""
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    *_, x_0 = tinyti.sample(model, [prompt] * count, 12, 5.0, "dpm++", generator=generators)
+def pictures(model, prompts):
+    """A picture of each prompt, always from the same noise."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    *_, x_0 = tinyti.sample(model, prompts, 12, 5.0, "dpm++", generator=generators)
     return [to_image(pixels) for pixels in model.decode(x_0)]
 
 
@@ -137,20 +137,19 @@ def scores(model, clip, tokenizer, name):
     should, as the judge sees it, and the style, which is that of the caption nearest in CLIP's space.
     """
     is_style, start, found = SETS[name]["kind"] == "style", SETS[name]["start"], {}
-    drawn = pictures(model, "a painting in the style of S*" if is_style else "a photo of S*", 8)
+    drawn = pictures(model, 8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
     heldout = [Image.open(f).convert("RGB") for f in sorted((ROOT / "concepts" / name / "heldout").iterdir())]
     found["clip_i"] = clip_i(clip, drawn, heldout)
     if judge.FILE.exists():
         found["judge"] = (judge.judge(drawn)[:, judge.SETS.index(name)] > 0.5).float().mean().item()
         prompt = "a painting of a cat {} in the style of S*" if is_style else "a photo of S* {}"
-        asked = [scene for scene in PLACES for _ in range(2)]
-        drawn = [picture for place in PLACES.values() for picture in pictures(model, prompt.format(place), 2)]
-        found["scene"] = statistics.mean(a == b for a, b in zip(asked, judge.scenes(drawn)))
+        drawn = pictures(model, [prompt.format(place) for place in 2 * list(PLACES.values())])
+        found["scene"] = statistics.mean(a == b for a, b in zip(2 * list(PLACES), judge.scenes(drawn)))
     if not is_style:
         captions = clip.encode_text(tokenizer([f"a {style} of a {start}" for style in STYLES]))
-        drawn = [clip.encode_image(pictures(model, f"a {style} of S*", 4)) for style in STYLES]
-        right = [(x @ captions.T).argmax(1) == i for i, x in enumerate(drawn)]
-        found["style"] = torch.cat(right).float().mean().item()
+        asked = torch.tensor(4 * [1, 2])  # the photos are no question
+        drawn = clip.encode_image(pictures(model, [f"a {STYLES[i]} of S*" for i in asked]))
+        found["style"] = ((drawn @ captions.T).argmax(1) == asked).float().mean().item()
     return found
 
 
@@ -242,7 +241,8 @@ def main():
                 if key not in there and title in (args.only or [title]):
                     row |= run(model, clip, name, seed, settings)
                     append(row)
-                    print(f"{name} {seed}: {title}: loss {row['loss']:.4f}, CLIP-I {row['clip_i']:.3f}")
+                    there.add(key)
+                    print(f"{name} {seed}: {title}: loss {row['loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
