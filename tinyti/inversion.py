@@ -240,11 +240,13 @@ def losses(
 
 
 @torch.no_grad()
-def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS) -> float:
+def evaluate(
+    model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS, size: int = EVALUATIONS
+) -> float:  # fmt: skip
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
     generator = Generator().manual_seed(seed + 2**62)  # not a step's
-    x_0, eps, _, prompts = draw(examples, EVALUATIONS, generator)
-    t = timestep_at((torch.arange(EVALUATIONS) + 0.5) / EVALUATIONS, model, span)
+    x_0, eps, _, prompts = draw(examples, size, generator)
+    t = timestep_at((torch.arange(size) + 0.5) / size, model, span)
     return losses(model, x_0, eps, t, prompts).mean().item()
 
 

@@ -1,0 +1,249 @@
+"""The study behind train.py's defaults: what each setting does to the quality of a word.
+
+    python notebooks/study.py                                         # whatever is missing
+    python notebooks/study.py --only default "lr 0.02" --sets cat dog --seeds 0
+    python notebooks/study.py --table
+
+Every run appends a row to study.csv; rows of the same settings, set, seed and weights are not computed again,
+so the study may be stopped and taken up at any time.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "recipe")]
+
+import judge
+
+import tinyti
+from tinyti import inversion, whitened
+from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, to_image
+from tinyti.inversion import Inversion, draw, evaluate, invert, make_examples
+from tinyti.metrics import clip_i
+from tinyti.whitened import Whitened
+
+FILE = Path(__file__).with_suffix(".csv")
+SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
+
+DEFAULT = {
+    "optimizer": "whitened", "lr": Whitened.LR, "exponent": 0.5, "floor": whitened.FLOOR, "momentum": 0.9,
+    "cap": inversion.CAP, "batch": inversion.BATCH_SIZE, "samples": inversion.BATCH_SIZE * inversion.STEPS,
+    "start": "mean", "average": inversion.AVERAGE, "low": inversion.TIMESTEPS[0],
+    "high": inversion.TIMESTEPS[1], "draws": "independent",
+}  # fmt: skip
+ADAM = {"optimizer": "adam", "lr": 5e-3}
+STUDY = [  # what differs from the default, setting by setting
+    {},
+    *({"lr": lr} for lr in (3e-3, 5e-3, 2e-2, 4e-2)),
+    *({"exponent": exponent} for exponent in (0.25, 1.0)),
+    *({"floor": floor} for floor in (1e-4, 1e-2, 1e-1)),
+    *({"momentum": momentum} for momentum in (0.0, 0.8, 0.95)),
+    *({"batch": batch} for batch in (4, 16)),
+    *({"samples": samples} for samples in (200, 800, 2000)),
+    *({"cap": cap} for cap in (2.25, 9.0, math.inf)),  # in median lengths of the vocabulary's rows
+    {"start": "word"},  # the word in concepts.json
+    *({"average": steps} for steps in (1, 10, 25)),
+    *({"low": low, "high": high} for low, high in ((0.0, 1.0), (0.0, 0.95), (0.25, 1.0), (0.5, 0.9))),
+    {"draws": "stratified"},
+    *(ADAM | {"samples": samples} for samples in (400, 2000)),
+    *(ADAM | {"lr": lr} for lr in (1e-2, 2e-2, 4e-2)),
+    ADAM | {"start": "word"},
+    ADAM | {"start": "word", "samples": 2000, "low": 0.0, "high": 1.0, "average": 1},  # the paper's way
+]
+CHECKPOINTS = (0, 100, 200, 400)  # samples
+PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "meadow": "in a meadow"}
+STYLES = ("photo", "painting", "sketch")
+SCORES = ("clip_i", "judge", "scene", "style")
+KEYS = ("weights", "set", "seed", *DEFAULT)
+COLUMNS = (*KEYS, *(f"loss {samples}" for samples in CHECKPOINTS), "loss", *SCORES, "norm", "seconds")
+
+
+class Variant(Whitened):
+    """`Whitened` with the exponent, the floor and the momentum to choose."""
+
+    def __init__(self, vectors, lr, cap, exponent, floor, momentum):
+        super().__init__(vectors, lr, cap)
+        self.exponent, self.floor, self.beta = exponent, floor, momentum
+
+    def step(self, vectors, gradients):
+        g = gradients.transpose(0, 1)  # (n, B, D)
+        self.steps += 1
+        self.moment = self.moment + g.mT @ g / g.shape[1]
+        self.momentum = self.beta * self.momentum + (1 - self.beta) * g.mean(1)
+        if self.steps == 1 or self.steps % whitened.EVERY == 0:
+            values, axes = torch.linalg.eigh(self.moment)
+            values = values.clamp(min=self.floor * values[:, -1:])
+            self.root = axes * values[:, None] ** -self.exponent @ axes.mT
+        direction = F.normalize((self.root @ self.momentum[..., None])[..., 0], dim=-1)
+        vectors = vectors - self.lr * vectors.shape[1] ** 0.5 * direction
+        return vectors * (self.cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
+
+
+def stratified(examples, size, generator):
+    """`draw`, with the timesteps' quantiles of a batch spread over equal parts of the range."""
+    x_0, eps, u, prompts = draw(examples, size, generator)
+    return x_0, eps, (torch.arange(size) + u) / size, prompts
+
+
+DRAWS = {"independent": draw, "stratified": stratified}
+
+
+def load_set(model, name):
+    """The examples to learn a set's word S* from, and the held-out ones."""
+    templates = STYLE_TEMPLATES if SETS[name]["kind"] == "style" else OBJECT_TEMPLATES
+    folder = ROOT / "concepts" / name
+    photos = (read_folder(part, model.size)[0] for part in (folder, folder / "heldout"))
+    return [make_examples(model, "S*", part, templates) for part in photos]
+
+
+def heldout_loss(model, heldout):
+    """The loss of S* on pictures that nobody has learned from, over the whole schedule: a fixed batch."""
+    return evaluate(model, heldout, span=(0.0, 1.0), size=64)
+
+
+def add_word(model, vectors):
+    """Make S* mean these vectors (n, D), and nothing else have a meaning of its own."""
+    model.concepts.clear()
+    model.tokenizer.words.clear()
+    return model.add_word("S*", vectors)
+
+
+def pictures(model, prompts):
+    """A picture of each prompt, always from the same noise."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    *_, x_0 = tinyti.sample(model, prompts, 12, 5.0, "dpm++", generator=generators)
+    return [to_image(pixels) for pixels in model.decode(x_0)]
+
+
+@torch.no_grad()
+def scores(model, clip, tokenizer, name):
+    """What the pictures of S* are worth: {one of SCORES: value}, those of the judge if it has its weights.
+
+    Likeness: CLIP-I, and how many the judge takes for the one.  Obedience: how many show the scene that they
+    should, as the judge sees it, and the style, which is that of the caption nearest in CLIP's space.
+    """
+    is_style, start, found = SETS[name]["kind"] == "style", SETS[name]["start"], {}
+    drawn = pictures(model, 8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
+    heldout = [Image.open(f).convert("RGB") for f in sorted((ROOT / "concepts" / name / "heldout").iterdir())]
+    found["clip_i"] = clip_i(clip, drawn, heldout)
+    if judge.FILE.exists():
+        found["judge"] = (judge.judge(drawn)[:, judge.SETS.index(name)] > 0.5).float().mean().item()
+        prompt = "a painting of a cat {} in the style of S*" if is_style else "a photo of S* {}"
+        drawn = pictures(model, [prompt.format(place) for place in 2 * list(PLACES.values())])
+        found["scene"] = statistics.mean(a == b for a, b in zip(2 * list(PLACES), judge.scenes(drawn)))
+    if not is_style:
+        captions = clip.encode_text(tokenizer([f"a {style} of a {start}" for style in STYLES]))
+        asked = torch.tensor(4 * [1, 2])  # the photos are no question
+        drawn = clip.encode_image(pictures(model, [f"a {STYLES[i]} of S*" for i in asked]))
+        found["style"] = ((drawn @ captions.T).argmax(1) == asked).float().mean().item()
+    return found
+
+
+def run(model, clip, name, seed, settings):
+    """Learn a set's word with these settings: its losses and scores."""
+    s, vocabulary = settings, model.text.table
+    row = model.tokenizer.single(SETS[name]["start"])
+    start = vocabulary.mean(0, True) if s["start"] == "mean" else vocabulary[[row]]
+    concept = add_word(model, start)
+    examples, heldout = load_set(model, name)
+    word = Inversion(model, concept, s["optimizer"], s["lr"])
+    if s["optimizer"] == "whitened":
+        cap = s["cap"] * vocabulary.norm(dim=-1).median().item()
+        word.optimizer = Variant(start, s["lr"], cap, s["exponent"], s["floor"], s["momentum"])
+    found, seconds, began = {"loss 0": heldout_loss(model, heldout)}, 0.0, time.perf_counter()
+    with patch.multiple(inversion, AVERAGE=s["average"], draw=DRAWS[s["draws"]]):
+        steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
+        for _ in invert(model, word, examples, steps, s["batch"], seed, span=span):
+            seconds += time.perf_counter() - began
+            for samples in CHECKPOINTS:
+                if word.step * s["batch"] >= samples and f"loss {samples}" not in found:
+                    found[f"loss {samples}"] = heldout_loss(model, heldout)
+            began = time.perf_counter()
+    found |= {"loss": heldout_loss(model, heldout), "norm": concept.norm().mean().item(), "seconds": seconds}
+    return found | scores(model, *clip, name)
+
+
+def label(row):
+    """What a row's settings change: "lr 0.02", or "default"."""
+    changed = [f"{key} {row[key]}" for key in DEFAULT if str(row[key]) != str(DEFAULT[key])]
+    return ", ".join(changed) or "default"
+
+
+def read(weights):
+    """The rows of the file that are of these weights, as text."""
+    if not FILE.exists():
+        return []
+    with FILE.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["weights"] == weights]
+
+
+def append(row):
+    """Add a row to the file."""
+    is_new = not FILE.exists()
+    with FILE.open("a", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            lines.writeheader()
+        lines.writerow(row)
+
+
+def table(rows):
+    """Means over sets and seeds; the loss also against the default's on the same, ± standard error."""
+    groups, columns = defaultdict(list), COLUMNS[len(KEYS) :]
+    for row in rows:
+        groups[label(row)].append(row)
+    default = {(row["set"], row["seed"]): float(row["loss"]) for row in groups["default"]}
+    lines = [["changed", "runs", *columns, "loss − default"], ["---"] * (len(columns) + 3)]
+    for name, group in groups.items():
+        found = [[float(row[column]) for row in group if row[column]] for column in columns]
+        keys = [(row["set"], row["seed"]) for row in group]
+        d = [float(row["loss"]) - default[key] for row, key in zip(group, keys) if key in default]
+        cells = [f"{statistics.mean(values):.4g}" if values else "" for values in found]
+        error = f"{statistics.mean(d):+.5f} ± {statistics.stdev(d) / len(d) ** 0.5:.5f}" if len(d) > 1 else ""
+        lines.append([name, str(len(group)), *cells, error])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines if line[1] != "0")
+
+
+def main():
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description="What each setting does to the quality of a word.")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="with a clip/ in it")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="some settings, as --table calls them")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="print what there is")
+    args = parser.parse_args()
+    files = sorted(args.weights.rglob("*.safetensors"))
+    weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    if args.table:
+        return print(table(read(weights)))
+    model, clip = tinyti.load(args.weights), tinyti.load_clip(args.weights / "clip")
+    there = {tuple(row[key] for key in KEYS) for row in read(weights)}
+    for seed in args.seeds:
+        for settings in (DEFAULT | change for change in STUDY):
+            for name in args.sets:
+                row = {"weights": weights, "set": name, "seed": seed} | settings
+                title, key = label(row), tuple(str(row[key]) for key in KEYS)
+                if key not in there and title in (args.only or [title]):
+                    row |= run(model, clip, name, seed, settings)
+                    append(row)
+                    there.add(key)
+                    print(f"{name} {seed}: {title}: loss {row['loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
