@@ -917,11 +917,11 @@ def random_damage(weights, dice):
     return damaged
 
 
-def test_random_damage_of_a_single_file(sd1, sd2, ldm, tmp_path):
+def test_random_damage_of_a_single_file(sd1, ldm, tmp_path):
     """Types, shapes and names changed at random: a model, or one line that names the file."""
     dice = random.Random(0)
-    for model in (sd1, sd2, ldm):
-        for _ in range(20):
+    for model in (sd1, ldm):
+        for _ in range(15):
             torch.save(random_damage(model.original, dice), tmp_path / "m.ckpt")
             try:
                 parts = compvis.read_file(tmp_path / "m.ckpt", "epsilon")
