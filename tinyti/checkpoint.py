@@ -291,10 +291,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's on odd pickles
             state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-        state = state.get("state_dict", state)
-        weights = {str(k): w.detach() for k, w in state.items() if torch.is_tensor(w)}
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        entries = state.items() if isinstance(state, dict) else ()
+        weights = {str(k): w.detach() for k, w in entries if torch.is_tensor(w)}
         if not weights:
-            raise ValueError("it holds no tensors")
+            raise ValueError("it holds no dictionary of tensors")
         for name, w in weights.items():
             if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized:
                 raise ValueError(f"{name!r:.200} is sparse, quantised or without numbers")
