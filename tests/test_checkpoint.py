@@ -222,18 +222,13 @@ def pretend_package(monkeypatch, full_name):
 def lightning(weights):
     """What pytorch_lightning 1.x saves around the weights, and an average of them among them."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        callback = pretend_package(
-            monkeypatch, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-        )
+        name = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+        callback = pretend_package(monkeypatch, name)
         instance = callback()
         instance.best_model_path = "last.ckpt"
-        ema = {
-            "model_ema." + k[6:].replace(".", ""): 0 * w for k, w in weights.items() if k.startswith("model.")
-        }
-        ema |= {
-            "model_ema.decay": torch.tensor(0.9999),
-            "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
-        }
+        names = {k: "model_ema." + k[6:].replace(".", "") for k in weights if k.startswith("model.")}
+        ema = {name: 0 * weights[k] for k, name in names.items()}
+        ema |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7).int()}
         whole = {
             "epoch": 3,
             "pytorch-lightning_version": "1.4.2",
@@ -260,19 +255,16 @@ CKPTS = {
 }
 
 
-@pytest.mark.parametrize("form", CKPTS)
-def test_ckpt(family, form, tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(CKPTS[form](family.original))
-    (tmp_path / "tokenizer").symlink_to(family.tokenizer)
-    model = tinyti.load(tmp_path / "model.ckpt", prediction=family.ours.schedule.prediction_type)
-    assert_same(model, family.ours, rounded=form == "fp16")
-    assert model.schedule == family.ours.schedule
-
-
-def test_single_safetensors(family, tmp_path):
-    path = family.single(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("form", [*CKPTS, "safetensors"])
+def test_single_file(family, form, tmp_path):
+    if form == "safetensors":
+        path = family.single(tmp_path / "model.safetensors")
+    else:
+        path = tmp_path / "model.ckpt"
+        path.write_bytes(CKPTS[form](family.original))
+        (tmp_path / "tokenizer").symlink_to(family.tokenizer)
     model = tinyti.load(path, prediction=family.ours.schedule.prediction_type)
-    assert_same(model, family.ours)
+    assert_same(model, family.ours, rounded=form == "fp16")
     assert model.schedule == family.ours.schedule
     assert model.size == {"sd1": 64, "sd2": 96, "ldm": 32}[family.family] * model.vae.factor
 
@@ -281,9 +273,8 @@ def test_single_safetensors(family, tmp_path):
 def test_diffusers_reads_our_single_file_as_we_do(name, tmp_path, request):
     model = request.getfixturevalue(name)
     path = model.single(tmp_path / "model.safetensors")
-    theirs = StableDiffusionPipeline.from_single_file(
-        str(path), config=str(model.folder), local_files_only=True
-    )
+    options = {"config": str(model.folder), "local_files_only": True}
+    theirs = StableDiffusionPipeline.from_single_file(str(path), **options)
     for part, module in (("unet", theirs.unet), ("vae", theirs.vae), ("text", theirs.text_encoder)):
         wanted = model.parts[part].state_dict()
         assert module.state_dict().keys() == wanted.keys()
@@ -317,10 +308,7 @@ def test_diffusers_reads_the_original_text_transformer_of_ldm_as_we_do(ldm):
 
 def test_sd2_file_that_was_converted_from_a_folder_lacks_openclips_last_layer(sd2, tmp_path):
     text = published.original_openclip(sd2.parts["text"], extra=False)
-    weights = {k: w for k, w in sd2.original.items() if not k.startswith("cond_stage_model.")}
-    path = sd2.single(
-        tmp_path / "m.safetensors", weights | {f"cond_stage_model.{k}": w for k, w in text.items()}
-    )
+    path = sd2.single(tmp_path / "m.safetensors", with_text(sd2, text))
     assert_same(tinyti.load(path, prediction="epsilon"), sd2.ours)
 
 
@@ -390,9 +378,7 @@ def test_vocabulary_of_a_single_file(sd1, sd2, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no vocabulary at .*nowhere"):
         tinyti.load(path, tokenizer=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"no vocabulary in .*empty: found nothing, expected tokenizer\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"empty: found nothing, expected tokenizer\.json"):
         tinyti.load(path, tokenizer=tmp_path / "empty")
     ids = tinyti.load(path, tokenizer=sd2.tokenizer).tokenizer(["a cat"])
     assert ids[0, -1] == 0 and sd1.ours.tokenizer(["a cat"])[0, -1] != 0  # the argument comes first
@@ -473,9 +459,8 @@ def test_names_and_shapes_of_the_published_weights(name):
     with torch.device("meta"):
         ours = checkpoint.NETWORKS[kind](config)
     wanted = theirs_on_meta(their_kind, raw).state_dict()
-    wanted = {
-        k.removeprefix("text_model."): w.shape for k, w in wanted.items() if not k.startswith("to_logits.")
-    }
+    shapes = {k.removeprefix("text_model."): w.shape for k, w in wanted.items()}
+    wanted = {k: shape for k, shape in shapes.items() if not k.startswith("to_logits.")}
     assert {k: w.shape for k, w in ours.state_dict().items()} == wanted
     assert len(wanted) == tensors
     assert sum(shape.numel() for shape in wanted.values()) == numbers
@@ -592,35 +577,21 @@ def write_json(path, content):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "nowhere/model.ckpt"])
-def test_nothing_there(name, tmp_path):
-    fails(FileNotFoundError, tmp_path / name, name, "weights/README.md", checkpoint.DOWNLOAD)
+def test_nothing_there(tmp_path):
+    for name in ("nowhere", "nowhere/model.ckpt"):
+        fails(FileNotFoundError, tmp_path / name, name, "weights/README.md", checkpoint.DOWNLOAD)
+    fails(FileNotFoundError, tmp_path, "config.json is missing", "whole model folder")
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json",
-        "text_encoder/config.json",
-        "text_encoder/model.safetensors",
-        "scheduler/scheduler_config.json",
-    ],
-)
+@pytest.mark.parametrize("missing", [
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "scheduler/scheduler_config.json",
+])  # fmt: skip
 def test_a_file_of_a_folder_is_missing(sd1, missing, tmp_path):
     folder = sd1.copy(tmp_path / "m", missing.split("/")[0])
     (folder / missing.split("/")[1]).unlink()
-    fails(
-        FileNotFoundError,
-        tmp_path / "m",
-        *missing.removesuffix(".safetensors").split("/"),
-        "weights/README.md",
-    )
-
-
-def test_an_empty_folder(tmp_path):
-    fails(FileNotFoundError, tmp_path, "config.json is missing", "whole model folder")
+    names = missing.removesuffix(".safetensors").split("/")
+    fails(FileNotFoundError, tmp_path / "m", *names, "weights/README.md")
 
 
 def test_a_folder_without_vocabulary(sd1, tmp_path):
@@ -650,16 +621,13 @@ PIPELINES = {
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_folders_of_other_families(pipeline, tmp_path):
     write_json(tmp_path / "model_index.json", {"_class_name": pipeline})
-    fails(
-        ValueError, tmp_path, PIPELINES[pipeline], "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM"
-    )
+    fails(ValueError, tmp_path, PIPELINES[pipeline], "supported are Stable Diffusion 1.x, 2.0 and 2.1, the")
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
-def test_folders_of_families_to_come(sd1, part, tmp_path):
-    sd1.copy(tmp_path / "m", "vae")
-    (tmp_path / "m" / part).mkdir()
-    fails(ValueError, tmp_path / "m", part, "supported are")
+def test_folders_of_families_to_come(part, tmp_path):
+    (tmp_path / part).mkdir()
+    fails(ValueError, tmp_path, part, "supported are")
 
 
 FOREIGN_FILES = {
@@ -674,11 +642,8 @@ FOREIGN_FILES = {
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 def test_files_of_other_families(family_name, ending, tmp_path):
     # SDXL's files have a UNet and a VAE under the same names as ours.
-    weights = {
-        "model.diffusion_model.out.2.bias": torch.zeros(4),
-        "first_stage_model.quant_conv.bias": torch.zeros(8),
-    }
-    weights |= {FOREIGN_FILES[family_name]: torch.zeros(2)}
+    keys = ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias")
+    weights = {key: torch.zeros(4) for key in (*keys, FOREIGN_FILES[family_name])}
     save = save_file if ending == "safetensors" else torch.save
     save(weights, tmp_path / f"m.{ending}")
     fails(ValueError, tmp_path / f"m.{ending}", f"m.{ending}", family_name, "supported are")
@@ -709,9 +674,9 @@ def test_a_key_of_a_folder_is_missing_left_over_or_misshapen(sd1, part, tmp_path
     edit(path, lambda weights: weights.update({key: torch.zeros(3, 5)}))
     fails(ValueError, tmp_path / "m", key, "(3, 5)", shape)
     edit(path, lambda weights: weights.pop(key))
-    fails(ValueError, tmp_path / "m", "lack", key, shape)
+    fails(ValueError, tmp_path / "m", key, "it has nothing, expected is floats", shape)
     edit(path, lambda weights: weights.update({key: torch.zeros(eval(shape)), key + "_2": torch.zeros(1)}))
-    fails(ValueError, tmp_path / "m", "hold", key + "_2", "no place")
+    fails(ValueError, tmp_path / "m", key + "_2", "expected is nothing")
 
 
 MISSING = {  # in the file, and in the error; the first are those that the configuration is read from
@@ -735,25 +700,20 @@ def test_a_key_of_a_single_file_is_missing_or_misshapen(sd1, key, tmp_path):
     weights = dict(sd1.original)
     weight = weights.pop(key)
     path = sd1.single(tmp_path / "m.safetensors", weights)
-    fails(ValueError, path, "lack", MISSING[key], "supported are")
+    fails(ValueError, path, MISSING[key], "supported are")
     wide = torch.cat([weight, weight], dim=-1)
     save_file({k: w.contiguous() for k, w in (weights | {key: wide}).items()}, path)
     fails(ValueError, path, "shape", "expected")
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "model.diffusion_model.input_blocks.1.2.weight",
-        "first_stage_model.decoder.up.0.attn.0.q.weight",
-        "cond_stage_model.transformer.text_model.head.weight",
-        "control_model.input_blocks.0.0.weight",
-        "model_ema_2.decay",
-    ],
-)
+@pytest.mark.parametrize("key", [
+    "model.diffusion_model.input_blocks.1.2.weight", "first_stage_model.decoder.up.0.attn.0.q.weight",
+    "cond_stage_model.transformer.text_model.head.weight", "control_model.input_blocks.0.0.weight",
+    "model_ema_2.decay",
+])  # fmt: skip
 def test_a_key_of_a_single_file_is_left_over(sd1, key, tmp_path):
     path = sd1.single(tmp_path / "m.safetensors", sd1.original | {key: torch.zeros(1)})
-    fails(ValueError, path, ".".join(key.split(".")[-2:]), "no place", "supported are")
+    fails(ValueError, path, ".".join(key.split(".")[-2:]), "expected is nothing", "supported are")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, 0.5, -1])
@@ -767,7 +727,7 @@ def test_truncated_files(sd1, form, keep, tmp_path):
         path = target = tmp_path / "m.ckpt"
         content = saved({"state_dict": sd1.original}, _use_new_zipfile_serialization=form == "zip")
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
-    fails(ValueError, target, str(path), "cut off, damaged or no file", "download it again")
+    fails(ValueError, target, str(path), "does not describe a file of weights", "download it again")
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.pt", "m.safetensors"])
@@ -775,17 +735,8 @@ def test_no_weights_at_all(name, tmp_path):
     """What git leaves for a large file, a web page, nothing, the start of a picture, other pickles."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4265380512\n"
     others = [b"<!DOCTYPE html><html>", b"", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", pickle.dumps([1, 2])]
-    others += [
-        saved(content)
-        for content in (
-            [torch.zeros(1)],
-            torch.zeros(1),
-            {"state_dict": 5},
-            {},
-            {"lr": 1.0},
-            {0: torch.zeros(1)},
-        )
-    ]
+    zero = torch.zeros(1)
+    others += [saved(content) for content in ([zero], zero, {"state_dict": 5}, {}, {"lr": 1.0}, {0: zero})]
     for content in (pointer, *others):
         (tmp_path / name).write_bytes(content)
         fails(ValueError, tmp_path / name, name)
@@ -838,7 +789,7 @@ def test_code_in_a_pickle_never_runs(sd1, zipped, place, tmp_path):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     torch.load(path, weights_only=False)
     (tmp_path / "proof").rmdir()  # the attack is real
-    fails(ValueError, target, str(path), "posix.mkdir", "a pickle can run code", "take the .safetensors")
+    fails(ValueError, target, str(path), "posix.mkdir, which was not run", "as .safetensors")
     assert not (tmp_path / "proof").exists()
 
 
@@ -863,37 +814,23 @@ def test_fp16_on_the_cpu(sd1):
     fails(ValueError, sd1.folder, "fp16 is for GPUs", "torch.float32", "torch.bfloat16", dtype=torch.float16)
 
 
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("prediction_type", "sample"),
-        ("beta_schedule", "squaredcos_cap_v2"),
-        ("timestep_spacing", "karras"),
-        ("trained_betas", [0.1, 0.2]),
-        ("clip_sample", True),
-        ("thresholding", True),
-        ("rescale_betas_zero_snr", True),
-    ],
-)
+@pytest.mark.parametrize("setting, value", [
+    ("prediction_type", "sample"), ("beta_schedule", "squaredcos_cap_v2"), ("timestep_spacing", "karras"),
+    ("trained_betas", [0.1, 0.2]), ("clip_sample", True), ("thresholding", True),
+    ("rescale_betas_zero_snr", True),
+])  # fmt: skip
 def test_schedulers_that_ask_for_what_is_not_done_here(sd1, setting, value, tmp_path):
     path = sd1.copy(tmp_path / "m", "scheduler") / "scheduler_config.json"
     write_json(path, json.loads(path.read_text()) | {setting: value})
     fails(ValueError, tmp_path / "m", setting, str(value), "supported")
 
 
-@pytest.mark.parametrize(
-    "part, setting, value",
-    [
-        ("unet", "resnet_time_scale_shift", "scale_shift"),
-        ("unet", "transformer_layers_per_block", [1, 2, 10]),
-        ("unet", "addition_embed_type", "text_time"),
-        ("unet", "only_cross_attention", True),
-        ("vae", "use_quant_conv", False),
-        ("vae", "latents_mean", [0.0] * 4),
-        ("text_encoder", "model_type", "t5"),
-        ("text_encoder", "hidden_act", "relu"),
-    ],
-)
+@pytest.mark.parametrize("part, setting, value", [
+    ("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "transformer_layers_per_block", [1, 2, 10]),
+    ("unet", "addition_embed_type", "text_time"), ("unet", "only_cross_attention", True),
+    ("vae", "use_quant_conv", False), ("vae", "latents_mean", [0.0] * 4),
+    ("text_encoder", "model_type", "t5"), ("text_encoder", "hidden_act", "relu"),
+])  # fmt: skip
 def test_settings_that_would_change_the_numbers(sd1, part, setting, value, tmp_path):
     path = sd1.copy(tmp_path / "m", part) / "config.json"
     write_json(path, json.loads(path.read_text()) | {setting: value})
@@ -909,12 +846,11 @@ def tiny(folder, file, content):
 
 
 @pytest.mark.parametrize("content, found", [
-    ("{", "is not readable as JSON"), ("[" * 100_000, "is not readable as JSON"), ("[]", "it holds a list"),
-    ("1" * 10_000, "is not readable as JSON"), ("\xff", "is not readable as JSON"),
+    ("{", "line 1"), ("[" * 100_000, ""), ("[]", "it holds a list"), ("1" * 10_000, ""), ("\xff", "line 1"),
 ])  # fmt: skip
 @pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
 def test_damaged_json(file, content, found, tmp_path):
-    fails(ValueError, tiny(tmp_path / "m", file, content), file, found)
+    fails(ValueError, tiny(tmp_path / "m", file, content), file, "does not describe a JSON object", found)
 
 
 NONSENSE = {

@@ -69,10 +69,8 @@ def byte_pairs():
     trainer = trainers.BpeTrainer(
         vocab_size=1500, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    lines = ["a photo of a cat and the cat's café"] * 50 + Path(argparse.__file__).read_text().lower().split(
-        "\n"
-    )
-    core.train_from_iterator(lines, trainer)
+    lines = Path(argparse.__file__).read_text().lower().split("\n")
+    core.train_from_iterator(["a photo of a cat and the cat's café"] * 50 + lines, trainer)
     merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
     merges = [(a, b) for a, b in merges if b != "</w>"]
     vocab = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), *SPECIAL]
@@ -88,9 +86,8 @@ def write_clip(folder, vocab, merges, pad="<|endoftext|>", **config):
     """The four files of Stable Diffusion's tokenizer folder, flags as published."""
     folder.mkdir()
     write_json(folder / "vocab.json", vocab)
-    (folder / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     start, end = ({"content": token, **flags} for token in SPECIAL)
     roles = {"bos_token": start, "eos_token": end, "unk_token": end}
@@ -115,24 +112,17 @@ def write_bert(folder, **config):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, byte_pairs):
     root, (vocab, merges) = tmp_path_factory.mktemp("tokenizers"), byte_pairs
-    saved_flags = {
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
-    decoder = {str(vocab[token]): {"content": token, **saved_flags} for token in SPECIAL}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+    decoder = {str(vocab[token]): {"content": token, **flags} for token in SPECIAL}
     kept = {id: entry for entry, id in vocab.items() if entry not in ("c", "c</w>", "\u0120", "Ã")}
     holes = {entry: id for id, entry in enumerate(kept.values())}
+    rest = [m for m in merges if all(part in holes for part in (*m, "".join(m)))]
     folders = {
         "sd1": write_clip(root / "sd1", vocab, merges),
         "sd2": write_clip(root / "sd2", vocab, merges, pad="!"),
         "decoder": write_clip(root / "decoder", vocab, merges, added_tokens_decoder=decoder),
         "added": write_clip(root / "added", vocab, merges),
-        "unknown": write_clip(
-            root / "unknown", holes, [m for m in merges if all(part in holes for part in (*m, "".join(m)))]
-        ),
+        "unknown": write_clip(root / "unknown", holes, rest),
         "bert": write_bert(root / "bert"),
         "bert cased": write_bert(root / "cased", do_lower_case=False, tokenize_chinese_chars=False),
     }
@@ -167,10 +157,8 @@ KINDS = ["sd1", "sd2", "decoder", "added", "unknown", "sd1 json", "sd2 json", "a
 def test_ids_equal_transformers(folders, kind):
     ours, theirs = Tokenizer.from_folder(folders[kind]), reference(kind, folders[kind])
     texts = TEXTS if kind in ("sd1", "sd2", "bert") else TEXTS[:300]
-    padded = theirs(
-        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    ).input_ids
-    assert torch.equal(ours(texts), padded)
+    padded = theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(ours(texts), padded.input_ids)
     whole = theirs(texts, add_special_tokens=False, truncation=False).input_ids
     for text, ids in zip(texts, whole):
         assert ours.encode(text) == ids, ascii(text)
@@ -214,15 +202,13 @@ def tokenizer(folders):
     return Tokenizer.from_folder(folders["sd1"])
 
 
-def test_truncation_keeps_the_end_and_is_told(tokenizer):
+def test_truncation_keeps_the_end(tokenizer):
     fits = "cat " * 75
-    assert len(tokenizer.encode(fits)) == 75 and tokenizer.overflow(fits) == 0 == tokenizer.overflow("")
-    assert tokenizer.overflow(fits + "cat") == 1 and len(tokenizer.encode("x1" * 5_000)) == 10_000
+    assert len(tokenizer.encode(fits)) == 75 and len(tokenizer.encode("x1" * 5_000)) == 10_000
     ids = tokenizer([fits, fits + "cat", "x1" * 5_000])
     assert ids.shape == (3, 77) and ids[:, -1].tolist() == [tokenizer.end] * 3
     assert torch.equal(ids[0], ids[1])
     first = tokenizer.add("S*", n=2)
-    assert tokenizer.overflow("S* " * 38) == 1
     assert tokenizer("S* " * 38)[0, -3:].tolist() == [first[1], first[0], tokenizer.end]
 
 
@@ -285,7 +271,7 @@ def test_learned_words_are_found_where_they_stand_alone(folders, kind, words, ma
 def test_learned_ids_follow_the_vocabulary(tokenizer):
     assert tokenizer.words == {}
     size = tokenizer.vocab_size
-    assert tokenizer.add("S*") == [size]
+    tokenizer.add("S*").append(0)  # a copy
     assert tokenizer.add("cat", n=3) == [size + 1, size + 2, size + 3]
     assert tokenizer.add("*") == [size + 4]
     assert tokenizer.words == {"S*": [size], "cat": [size + 1, size + 2, size + 3], "*": [size + 4]}
@@ -300,11 +286,6 @@ def test_a_word_of_the_vocabulary_keeps_its_row(tokenizer, base):
     assert tokenizer.encode("cats concat") == base.encode("cats concat")
 
 
-def test_the_returned_ids_are_a_copy(tokenizer):
-    tokenizer.add("S*").append(0)
-    assert tokenizer.words["S*"] == [tokenizer.vocab_size]
-
-
 def test_a_learned_word_changes_nothing_else(tokenizer, base):
     """A name that no text contains leaves every id as it was; one amid random text cuts only itself out."""
     for word in ("S*", "\N{DRAGON}\u200d\N{DRAGON}", "qqqq"):
@@ -312,10 +293,8 @@ def test_a_learned_word_changes_nothing_else(tokenizer, base):
     for text in random_texts(300, seed=1):
         if not any(word in text for word in tokenizer.words):
             assert tokenizer.encode(text) == base.encode(text)
-            framed = f"{text} S* {text}"
-            assert tokenizer.encode(framed) == base.encode(text + " ") + tokenizer.words["S*"] + base.encode(
-                " " + text
-            )
+            framed = base.encode(text + " ") + tokenizer.words["S*"] + base.encode(" " + text)
+            assert tokenizer.encode(f"{text} S* {text}") == framed
 
 
 @pytest.mark.parametrize("word", ["", " ", "two words", "tab\t", "\u3000", "line\n", "\u2028x"])
@@ -350,23 +329,18 @@ def test_whole_words(folders, byte_pairs):
     ids = tokenizer.word_ids()
     assert ids == sorted(set(ids)) and {vocab["cat</w>"], vocab["a</w>"], vocab["cafÃ©</w>"]} <= set(ids)
     assert not {vocab["a"], vocab["!</w>"], vocab["1</w>"], vocab["<|endoftext|>"], vocab["Ã</w>"]} & set(ids)
-    assert all(
-        tokenizer.encode(tokenizer.token(id)) == [id]
-        for id in ids
-        if tokenizer.token(id).isascii() and tokenizer.token(id).islower()
-    )
+    plain = [id for id in ids if tokenizer.token(id).isascii() and tokenizer.token(id).islower()]
+    assert plain and all(tokenizer.encode(tokenizer.token(id)) == [id] for id in plain)
     bert = Tokenizer.from_folder(folders["bert"])
     words = [bert.token(id) for id in bert.word_ids()]
-    assert {"cat", "photo", "a", "猫"} <= set(words) and not any(
-        word.startswith(("#", "[")) for word in words
-    )
+    assert {"cat", "photo", "a", "猫"} <= set(words)
+    assert not any(word.startswith(("#", "[")) for word in words)
 
 
 def test_single_entries(folders, tokenizer, byte_pairs):
     vocab, _ = byte_pairs
-    assert [tokenizer.single(word) for word in ("cat", "CAT", "a", "café")] == [
-        vocab[entry] for entry in ("cat</w>", "cat</w>", "a</w>", "cafÃ©</w>")
-    ]
+    for word, entry in [("cat", "cat</w>"), ("CAT", "cat</w>"), ("a", "a</w>"), ("café", "cafÃ©</w>")]:
+        assert tokenizer.single(word) == vocab[entry]
     for word in ("", "catphotoq", "cat's", "a cat", "!", "1", "<|endoftext|>"):
         assert tokenizer.single(word) is None
     bert = Tokenizer.from_folder(folders["bert"])
@@ -384,9 +358,9 @@ def test_missing_vocabulary(tmp_path, byte_pairs):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("vocab.json", '{"a": 0, ', r"vocab\.json is not readable as JSON"),
-    ("vocab.json", b"\xff\xfe\x00", r"vocab\.json is not readable as JSON"),
-    ("vocab.json", "[1, 2]", "expected a JSON object, found a list"),
+    ("vocab.json", '{"a": 0, ', r"vocab\.json is not readable"),
+    ("vocab.json", b"\xff\xfe\x00", r"vocab\.json is not readable"),
+    ("vocab.json", "[1, 2]", "ids 0, 1, 2"),
     ("vocab.json", '{"a": 0, "b": 2}', "ids 0, 1, 2"),
     ("vocab.json", '{"a": 0, "b": "x"}', "ids 0, 1, 2"),
     ("merges.txt", "#version: 0.2\nc a\nc a t\n", "'c a t'"),
@@ -394,8 +368,8 @@ def test_missing_vocabulary(tmp_path, byte_pairs):
     ("merges.txt", "#version: 0.2\nc qqqq\n", "'c qqqq'"),
     ("merges.txt", "#version: 0.2\n! a\n", "'! a'"),
     ("merges.txt", "<!DOCTYPE html>", "DOCTYPE"),
-    ("merges.txt", b"\xff\xfe\x00", r"merges\.txt is not readable as text"),
-    ("tokenizer_config.json", "", r"tokenizer_config\.json is not readable as JSON"),
+    ("merges.txt", b"\xff\xfe\x00", r"merges\.txt is not readable"),
+    ("tokenizer_config.json", "", r"tokenizer_config\.json is not readable"),
     ("special_tokens_map.json", '{"pad_token": "<pad>"}', "pad_token '<pad>' is not in the vocabulary"),
     ("special_tokens_map.json", '{"unk_token": "<unk>"}', "unk_token '<unk>' is not in the vocabulary"),
     ("tokenizer_config.json", '{"added_tokens_decoder": []}', "does not describe a tokenizer"),
@@ -407,7 +381,7 @@ def test_missing_vocabulary(tmp_path, byte_pairs):
     ("vocab.json", "[" * 100_000, "does not describe a tokenizer"),
     ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": 5}}', "does not describe a tokenizer"),
     ("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [7]}', "does not describe a tok"),
-    ("tokenizer.json", "{", r"tokenizer\.json is not readable as JSON"),
+    ("tokenizer.json", "{", r"tokenizer\.json is not readable"),
     ("tokenizer.json", '{"version": "1.0"}', "damaged vocabulary"),
     ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "damaged vocabulary"),
 ])  # fmt: skip

@@ -39,6 +39,7 @@ NETWORKS = {UNetConfig: UNet, VAEConfig: VAE, TextConfig: CLIPText, LDMBertConfi
 # Pipelines that belong to other families, and how people call these.
 FOREIGN = {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3",
            "Flux": "Flux", "Inpaint": "an inpainting model"}  # fmt: skip
+LATER = ("text_encoder_2", "transformer")  # their folders
 
 # Settings that our networks do not have, or not all values of, with those that they can do.
 FIXED = {
@@ -81,9 +82,7 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 # The names in folders that transformers wrote before 5, and diffusers before 0.17.
 OLD_NAMES: Rules = [
     (r"^text_model\.", ""),
-    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
-    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
-    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.(query|key|value)\.", lambda m: f".attentions.0.to_{m[1][0]}."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 
@@ -96,29 +95,15 @@ NONSENSE = (ArithmeticError, AssertionError, AttributeError, BufferError, EOFErr
             struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
-def unsupported(found: str) -> ValueError:
-    """The error for what may well be in order, but is nothing that is read here."""
-    return ValueError(f"{found}; {SUPPORTED}")
-
-
 @contextmanager
-def describes(path: str | Path, what: str) -> Iterator[None]:
+def describes(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterator[None]:
     """Whatever goes wrong while the contents of `path` become `what` is a ValueError of one line."""
     try:
         yield
     except NONSENSE as error:
-        found = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} does not describe a {what} ({found:.400})") from None
-
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Errors have one line, also where a file's name has several."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(" ".join(str(error).splitlines())) from None
+        found = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        found = f"{path} does not describe a {what} ({' '.join(found.split()):.500}); {hint}"
+        raise ValueError(" ".join(found.splitlines())) from None
 
 
 Part = tuple[Any, dict[str, Tensor], Path]  # configuration, weights, and where both are from
@@ -136,10 +121,10 @@ class Checkpoint:
     tokenizer: Path  # the folder of the vocabulary
 
     def __post_init__(self):
-        config, _, path = self.unet
-        if config.in_channels != 4:
-            what = "an inpainting model" if config.in_channels == 9 else "a model of another kind"
-            raise unsupported(f"{path} is {what}: its UNet takes {config.in_channels} channels, not 4")
+        channels = self.unet[0].in_channels
+        if channels != 4:
+            what = "an inpainting model" if channels == 9 else "a model of another kind"
+            raise ValueError(f"it is {what}: its UNet takes {channels} channels")
 
 
 def build(config, weights: dict[str, Tensor], path: str | Path = "configuration",
@@ -150,44 +135,37 @@ def build(config, weights: dict[str, Tensor], path: str | Path = "configuration"
     and says what is wrong with a configuration that no network has.
     """
     kind = NETWORKS[type(config)]
-    # On meta: no memory and no random numbers for weights that are replaced at once.
-    with describes(path, kind.__name__), torch.device("meta"):
-        network = kind(config, **extra)
-    weights = {k: w for k, w in weights.items() if not k.startswith(LEFT_OUT.get(kind, ()))}
-    ours = {k: tuple(w.shape) for k, w in network.state_dict().items()}
-    for key in sorted(ours.keys() | weights.keys()):
-        name = f"{path}: {kind.__name__}: {repr(key)[1:-1]:.200}"
-        if key not in weights:
-            raise unsupported(f"the weights lack {name}, expected with shape {ours[key]}")
-        if key not in ours:
-            raise unsupported(f"the weights hold {name}, which has no place in it")
-        found = tuple(weights[key].shape)
-        if found != ours[key]:
-            raise unsupported(f"{name} has shape {found}, expected is {ours[key]}")
-        if not weights[key].is_floating_point():
-            raise unsupported(f"{name} is of {weights[key].dtype}, expected are floating-point numbers")
+    with describes(path, kind.__name__):
+        # On meta: no memory and no random numbers for weights that are replaced at once.
+        with torch.device("meta"):
+            network = kind(config, **extra)
+        ours = network.state_dict()
+        weights = {k: w for k, w in weights.items() if not k.startswith(LEFT_OUT.get(kind, ()))}
+        for key in sorted(ours.keys() | weights.keys()):
+            expected, found = (_format(tensors.get(key)) for tensors in (ours, weights))
+            if found != expected:
+                raise ValueError(f"for {key!r:.200} it has {found}, expected is {expected}")
     # Weights that need no conversion stay in their file, mapped into memory, and are read where used.
     weights = {k: w.to(device, dtype) for k, w in weights.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 
-class Weights(dict):
-    """Weights by name; an error names what is looked for and not there."""
+def _format(weight: Tensor | None) -> str:
+    """What a network and its file must agree on."""
+    if weight is None:
+        return "nothing"
+    return f"{'floats' if weight.is_floating_point() else weight.dtype} of shape {tuple(weight.shape)}"
 
-    def __missing__(self, key):
-        raise unsupported(f"the weights lack {key}")
 
-
-def rename(weights: dict[str, Tensor], rules: Rules) -> Weights:
+def rename(weights: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Every key through every rule, in order; ValueError where two become the same."""
-    renamed = Weights()
-    for old, weight in weights.items():
-        key = old
+    renamed = {}
+    for key, weight in weights.items():
         for pattern, new in rules:
             key = re.sub(pattern, new, key)
         if key in renamed:
-            raise unsupported(f"the weights hold {key} twice, once as {old}")
+            raise ValueError(f"it has {key} twice")
         renamed[key] = weight
     return renamed
 
@@ -201,26 +179,24 @@ def read_folder(path: Path) -> Checkpoint:
     FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
     """
     index = path / "model_index.json"
-    pipeline = read_json(index).get("_class_name") if index.exists() else ""
-    pipeline = pipeline if isinstance(pipeline, str) else ""
-    for mark, family in FOREIGN.items():
-        if mark in pipeline:
-            raise unsupported(f"{path} is {family} ({pipeline:.100})")
-    for later in ("text_encoder_2", "transformer"):
-        if (path / later).exists():
-            raise unsupported(f"{path} holds a {later}, so it is a model of a later family")
-
+    pipeline = str(read_json(index).get("_class_name")) if index.exists() else ""
+    found = [f"{family} ({pipeline:.100})" for mark, family in FOREIGN.items() if mark in pipeline]
+    found += [f"of a later family: it has a {part}" for part in LATER if (path / part).exists()]
+    with describes(path, "latent diffusion model"):
+        if found:
+            raise ValueError(f"it is {found[0]}")
     bert = not (path / "text_encoder").exists() and (path / "bert").exists()
     folders = ("unet", "vae" if (path / "vae").exists() else "vqvae", "bert" if bert else "text_encoder")
     parts = []
-    for kind, name in zip((UNetConfig, VAEConfig, LDMBertConfig if bert else TextConfig), folders):
-        file = path / name / "config.json"
-        config = read_config(kind, read_json(file), file)
-        weights = read_weights(path / name)
-        with describes(path / name, kind.__name__):
-            parts.append((config, rename(weights, OLD_NAMES), path / name))
+    for kind, folder in zip((UNetConfig, VAEConfig, LDMBertConfig if bert else TextConfig), folders):
+        file = path / folder / "config.json"
+        config, weights = read_config(kind, read_json(file), file), read_weights(path / folder)
+        with describes(path / folder, kind.__name__):
+            parts.append((config, rename(weights, OLD_NAMES), path / folder))
     scheduler = path / "scheduler" / "scheduler_config.json"
-    return Checkpoint(*parts, read_json(scheduler), scheduler, path / "tokenizer")
+    schedule = read_json(scheduler)
+    with describes(path, "latent diffusion model"):
+        return Checkpoint(*parts, schedule, scheduler, path / "tokenizer")
 
 
 def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]:
@@ -229,11 +205,11 @@ def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]
     raw = read_json(file)
     if not ("text_config" in raw and "vision_config" in raw):
         raise ValueError(f"{file} lacks text_config or vision_config; expected a CLIP with both towers")
-    # Configurations from before transformers 4.27 say some things twice; the complete ones end in _dict.
-    text = read_config(TextConfig, raw.get("text_config_dict") or raw["text_config"], file)
-    vision = read_config(VisionConfig, raw.get("vision_config_dict") or raw["vision_config"], file)
     config = read_config(CLIPConfig, {"projection_dim": raw.get("projection_dim")}, file)
-    config.text_config, config.vision_config = text, vision
+    # Configurations from before transformers 4.27 say some things twice; the complete ones end in _dict.
+    config.text_config = read_config(TextConfig, raw.get("text_config_dict") or raw["text_config"], file)
+    vision = raw.get("vision_config_dict") or raw["vision_config"]
+    config.vision_config = read_config(VisionConfig, vision, file)
     settings = read_json(preprocessor)
     size, crop = settings.get("size"), settings.get("crop_size")
     settings["resize"] = size.get("shortest_edge") if isinstance(size, dict) else size
@@ -246,12 +222,10 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; FileNotFoundError or ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; download the whole model folder (weights/README.md)")
-    try:
+    with describes(path, "JSON object", "download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not readable as a JSON object: it holds a {type(content).__name__}")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     return content
 
 
@@ -260,39 +234,34 @@ def read_config(kind: type, raw: dict, path: Path):
 
     ValueError where a value is none that such a network has, or another setting would change the numbers.
     """
-    with describes(path, kind.__name__):
-        raw = {name: value for name, value in raw.items() if value is not None}
-    allowed = FIXED.get(kind, {})
-    for name in raw.keys() & allowed.keys():
-        if raw[name] not in allowed[name]:
-            expected = " or ".join(map(repr, allowed[name]))
-            raise unsupported(f"{path}: {name} is {reprlib.repr(raw[name])}, expected {expected}")
+    schema = {field.name: field.type for field in fields(kind)}
     values = {}
-    for field in fields(kind):
-        if field.name in raw:
-            value = values[field.name] = _frozen(raw[field.name])
-            if not fits(value, field.type, field.name):
-                expected = inspect.formatannotation(field.type)
-                raise unsupported(f"{path}: {field.name} is {reprlib.repr(value)}, expected {expected}")
     with describes(path, kind.__name__):
+        for name, allowed in (schema | FIXED.get(kind, {})).items():
+            found = raw.get(name)
+            value = tuple(found) if isinstance(found, list) else found
+            if value is not None and not fits(value, allowed, name):
+                fixed = isinstance(allowed, tuple)
+                expected = " or ".join(map(repr, allowed)) if fixed else inspect.formatannotation(allowed)
+                raise ValueError(f"{name} is {reprlib.repr(found)}, expected {expected}")
+            if value is not None and name in schema:
+                values[name] = value
         return kind(**values)
 
 
-def _frozen(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def fits(value, kind, name: str) -> bool:
-    """Whether a JSON value is of an annotated type, and of a size that networks have."""
-    if isinstance(kind, UnionType):
-        return any(fits(value, k, name) for k in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(fits(v, get_args(kind)[0], name) for v in value)
-    if kind is float:
+def fits(value, allowed, name: str) -> bool:
+    """Whether a JSON value is among those allowed, or of an annotated type and a size that networks have."""
+    if isinstance(allowed, tuple):
+        return value in allowed
+    if isinstance(allowed, UnionType):
+        return any(fits(value, kind, name) for kind in get_args(allowed))
+    if get_origin(allowed) is tuple:
+        return isinstance(value, tuple) and all(fits(v, get_args(allowed)[0], name) for v in value)
+    if allowed is float:
         return type(value) in (int, float) and 0 < value < math.inf
-    if kind is int:
+    if allowed is int:
         return type(value) is int and 0 <= value <= (2**7 if "layers" in name else 2**20)
-    return isinstance(value, kind)
+    return isinstance(value, allowed)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -316,48 +285,40 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     ValueError if it is damaged, holds something else, or no file that could be read again.
     """
-    if not path.is_file():  # a device or a pipe may never end
-        raise ValueError(f"{path} is no regular file; expected one of weights")
-    try:
+    with describes(path, "file of weights", "download it again, or as .safetensors"):
+        if not path.is_file():  # a device or a pipe may never end
+            raise ValueError("it is no regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's on odd pickles
             state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except PermissionError:
-        raise
-    except NONSENSE as error:
-        if beside := re.search(r"GLOBAL (\S+)", str(error)):
-            found = f"{path} holds {beside[1]} beside weights and is not opened, for a pickle can run code"
-            raise ValueError(f"{found}; take the .safetensors file of the same model") from None
-        raise ValueError(f"{path} is cut off, damaged or no file of weights; download it again") from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not any(torch.is_tensor(w) for w in state.values()):
-        raise ValueError(f"{path} holds no weights: expected a dictionary of tensors")
-    weights = {str(k): w.detach() for k, w in state.items() if torch.is_tensor(w)}
-    for name, w in weights.items():
-        if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized:
-            raise ValueError(f"{path} holds {name!r:.200}, which is sparse, quantised or without numbers")
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        entries = state.items() if isinstance(state, dict) else ()
+        weights = {str(k): w.detach() for k, w in entries if torch.is_tensor(w)}
+        if not weights:
+            raise ValueError("it holds no dictionary of tensors")
+        for name, w in weights.items():
+            if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized:
+                raise ValueError(f"{name!r:.200} is sparse, quantised or without numbers")
     return weights
 
 
 def _unpickle(path):
     zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    with torch.serialization.safe_globals([_stub(name) for name in names if name.startswith(BOOKKEEPING)]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-class _Stub:
-    """Stands for any object of a checkpoint's bookkeeping, and keeps nothing of it."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
+    try:
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UnpicklingError as error:  # whose text advises to run the file's code
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"it would call {call[1]}, which was not run" if call else "it is damaged") from None
 
 
 def _stub(name):
-    """A stub under a full name, which is how torch.load knows what it stands for."""
+    """A class that keeps nothing of its objects, under the full name by which torch.load asks for it."""
+
+    def ignore(*args):
+        pass
+
     module, _, kind = name.rpartition(".")
-    return type(kind, (_Stub,), {"__module__": module})
+    return type(kind, (), {"__module__": module, "__init__": ignore, "__setstate__": ignore})

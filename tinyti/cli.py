@@ -158,7 +158,7 @@ def run(program: str, function: Callable[[], int]) -> int:
     """Call function() -> exit status; bad input is one line and status 2, Ctrl-C one line and 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -109,12 +109,9 @@ class CLIPText(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": embedding(config.vocab_size, config.hidden_size),
-                "position_embedding": embedding(config.max_position_embeddings, config.hidden_size),
-            }
-        )
+        token = embedding(config.vocab_size, config.hidden_size)
+        position = embedding(config.max_position_embeddings, config.hidden_size)
+        self.embeddings = nn.ModuleDict({"token_embedding": token, "position_embedding": position})
         self.encoder = transformer(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -189,14 +186,12 @@ class Preprocessing:
         return torch.stack([self._to_tensor(picture.convert("RGB")) for picture in pictures])
 
     def _to_tensor(self, picture):
-        w, h = picture.size
-        short = min(w, h)
-        picture = picture.resize((self.resize * w // short, self.resize * h // short), self.resample)
-        w, h = picture.size
-        left, top = (w - self.crop) // 2, (h - self.crop) // 2
+        short = min(picture.size)
+        picture = picture.resize(tuple(self.resize * side // short for side in picture.size), self.resample)
+        left, top = ((side - self.crop) // 2 for side in picture.size)
         picture = picture.crop((left, top, left + self.crop, top + self.crop))
-        pixels = np.asarray(picture, dtype=np.float32) / 255
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        levels = np.asarray(picture, dtype=np.float32) / 255
+        pixels = (levels - np.float32(self.mean)) / np.float32(self.std)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -1,27 +1,21 @@
 """Single files in the layout of the original code (CompVis, Stability AI): what their names are here.
 
-A file has no configuration: sizes are read off the shapes, and the kind of text transformer off its names.
-"""
+A file has no configuration: sizes are read off the shapes, and the kind of text transformer off its names."""
 
 import re
 from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Rules, Weights, describes, load_tensors, rename, unsupported
+from .checkpoint import Checkpoint, Rules, describes, load_tensors, rename
 from .clip import TextConfig
 from .ldmbert import LDMBertConfig
 from .unet import UNetConfig
 from .vae import VAEConfig
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
-FOREIGN = {  # beginnings of keys that belong to other families
-    "conditioner.embedders.": "Stable Diffusion XL",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux",
-    "double_blocks.": "Flux",
-}
+FOREIGN = {"conditioner.embedders.": "Stable Diffusion XL", "joint_blocks.": "Stable Diffusion 3",
+           "double_blocks.": "Flux"}  # beginnings of keys that belong to other families  # fmt: skip
 # What the original code of all three models does.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
             "set_alpha_to_one": False, "prediction_type": "epsilon"}  # fmt: skip
@@ -43,27 +37,29 @@ def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
         size = 32 if isinstance(kind, LDMBertConfig) else 96 if sd2 and prediction == "v_prediction" else 64
         vae_config = VAEConfig(block_out_channels=widths(vae, "encoder.down_blocks"))
         configs = unet_config(unet, sd2, size), vae_config, kind
+        parts = ((config, weights, path) for config, weights in zip(configs, (unet, vae, text)))
+        model = Checkpoint(*parts, dict(SCHEDULE), path, path.parent / "tokenizer")
     if sd2 and prediction is None:
         hint = "epsilon for the 512-pixel base models, v_prediction for 768"
         raise ValueError(f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
                          f"give prediction= (--prediction): {hint}")  # fmt: skip
-    parts = ((config, weights, path) for config, weights in zip(configs, (unet, vae, text)))
-    return Checkpoint(*parts, dict(SCHEDULE), path, path.parent / "tokenizer")
+    return model
 
 
 def split(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The weights of UNet, VAE and text transformer, each without its prefix."""
-    for beginning, family in FOREIGN.items():
-        if any(key.startswith(beginning) for key in weights):
-            raise unsupported(f"it is {family}")
-    for prefix in PREFIXES:
-        if not any(key.startswith(prefix) for key in weights):
-            raise unsupported(f"it holds no {prefix}* keys, so it is no complete model")
     for key in weights:
-        # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
+        for beginning, family in FOREIGN.items():
+            if key.removeprefix(PREFIXES[0]).startswith(beginning):
+                raise ValueError(f"it is {family}")
+    parts = [{k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PREFIXES]
+    if not all(parts):
+        raise ValueError(f"it has no {PREFIXES[parts.index({})]}* keys, so it is no complete model")
+    # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
+    for key in weights:
         if "." in key and not key.startswith((*PREFIXES, "model_ema.")):
-            raise unsupported(f"it holds {key}, which has no place in a latent diffusion model")
-    return [{k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PREFIXES]
+            raise ValueError(f"for {key!r:.200} it has a weight, expected is nothing")
+    return parts
 
 
 # -- names ---------------------------------------------------------------------------------------------------
@@ -82,9 +78,8 @@ UNET: Rules = [
     (r"^input_blocks\.0\.0\.", "conv_in."),
     (r"^input_blocks\.(\d+)\.0\.op\.", lambda m: f"down_blocks.{int(m[1]) // 3 - 1}.downsamplers.0.conv."),
     (r"^input_blocks\.(\d+)\.([01])\.", lambda m: f"down_blocks.{layer(int(m[1]) - 1, m[2])}."),
-    (r"^middle_block\.0\.", "mid_block.resnets.0."),
     (r"^middle_block\.1\.", "mid_block.attentions.0."),
-    (r"^middle_block\.2\.", "mid_block.resnets.1."),
+    (r"^middle_block\.([02])\.", lambda m: f"mid_block.resnets.{int(m[1]) // 2}."),
     (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda m: f"up_blocks.{int(m[1]) // 3}.upsamplers.0.conv."),
     (r"^output_blocks\.(\d+)\.([01])\.", lambda m: f"up_blocks.{layer(int(m[1]), m[2])}."),
     (r"\.in_layers\.0\.", ".norm1."),
@@ -95,19 +90,16 @@ UNET: Rules = [
     (r"\.skip_connection\.", ".conv_shortcut."),
 ]
 VAE: Rules = [
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
     (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
     (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 ]
-CLIP: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]
+CLIP: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]  # a prefix or two
 OPENCLIP: Rules = [
     (r"^model\.", ""),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
@@ -135,15 +127,15 @@ LDMBERT: Rules = [
 ]
 
 
-def rename_vae(weights: dict[str, Tensor]) -> Weights:
+def rename_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The VAE's names; its decoder counts resolutions from the other end, its attention is convolutions."""
     last = count(weights, r"decoder\.up\.(\d+)\.") - 1
     weights = {re.sub(r"\.up\.(\d+)", lambda m: f".up.{last - int(m[1])}", k): w for k, w in weights.items()}
-    renamed = rename(weights, VAE)
-    return Weights({k: w.flatten(1) if ".to_" in k and w.ndim == 4 else w for k, w in renamed.items()})
+    renamed = rename(weights, VAE).items()
+    return {key: w.flatten(1) if ".to_" in key and w.ndim == 4 else w for key, w in renamed}
 
 
-def read_text(weights: dict[str, Tensor], sd2: bool) -> tuple[Weights, TextConfig | LDMBertConfig]:
+def read_text(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, TextConfig | LDMBertConfig]:
     """The text transformer: the paper's or OpenCLIP's by its names, else CLIP's, of either family.
 
     A folder of Stable Diffusion 2 that was made a single file may have CLIP's names for OpenCLIP's weights.
@@ -155,7 +147,7 @@ def read_text(weights: dict[str, Tensor], sd2: bool) -> tuple[Weights, TextConfi
     weights = rename(split_openclip(weights), OPENCLIP) if openclip else rename(weights, CLIP)
     config = text_config(weights, "gelu" if sd2 else "quick_gelu")
     if (openclip and not sd2) or config.hidden_size == (768 if sd2 else 1024):
-        raise unsupported(f"its text transformer (width {config.hidden_size}) is not the one of its UNet")
+        raise ValueError(f"its text transformer (width {config.hidden_size}) is not the one of its UNet")
     return weights, config
 
 
@@ -163,13 +155,11 @@ def split_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's q, k and v one by one, without its last layer: Stable Diffusion 2 uses the one before."""
     parts = {}
     for key, weight in weights.items():
-        if key.startswith("model.transformer.resblocks.23."):
-            continue
         if ".attn.in_proj_" in key:
             parts |= zip((key.replace("in_proj_", f"{name}_proj.") for name in "qkv"), weight.chunk(3))
         else:
             parts[key] = weight
-    return parts
+    return {key: w for key, w in parts.items() if not key.startswith("model.transformer.resblocks.23.")}
 
 
 # -- configurations ------------------------------------------------------------------------------------------
@@ -180,13 +170,13 @@ def count(weights: dict[str, Tensor], pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
 
 
-def widths(weights: Weights, blocks: str) -> tuple[int, ...]:
+def widths(weights: dict[str, Tensor], blocks: str) -> tuple[int, ...]:
     """Channels at each resolution."""
     resolutions = range(count(weights, re.escape(blocks) + r"\.(\d+)\."))
     return tuple(weights[f"{blocks}.{i}.resnets.0.conv1.weight"].shape[0] for i in resolutions)
 
 
-def unet_config(weights: Weights, sd2: bool, sample_size: int) -> UNetConfig:
+def unet_config(weights: dict[str, Tensor], sd2: bool, sample_size: int) -> UNetConfig:
     """What a UNet's shapes tell; heads are 8, or 64 channels each in Stable Diffusion 2."""
     channels = widths(weights, "down_blocks")
     attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in weights for i in range(len(channels))]
@@ -202,7 +192,7 @@ def unet_config(weights: Weights, sd2: bool, sample_size: int) -> UNetConfig:
     )
 
 
-def text_config(weights: Weights, activation: str) -> TextConfig:
+def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
     """What a CLIP text transformer's shapes tell; heads have 64 channels each."""
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     return TextConfig(
@@ -216,7 +206,7 @@ def text_config(weights: Weights, activation: str) -> TextConfig:
     )
 
 
-def ldmbert_config(weights: Weights) -> LDMBertConfig:
+def ldmbert_config(weights: dict[str, Tensor]) -> LDMBertConfig:
     """What the paper's text transformer's shapes tell; it has 8 heads."""
     vocab_size, width = weights["model.embed_tokens.weight"].shape
     return LDMBertConfig(

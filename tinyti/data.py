@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.Image import Transpose
 from torch import Tensor
 
 MOST_PIXELS = 12_000 * 9_000
@@ -21,15 +22,9 @@ FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 DAMAGED = (EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error)
 
 # EXIF's Orientation -> how to turn the picture upright.
-ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+               5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+               8: Transpose.ROTATE_90}  # fmt: skip
 
 
 class Photo(NamedTuple):
@@ -46,9 +41,8 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored.  What else is there is passed over:
     other files, and pictures that are damaged or have more than 12,000 x 9,000 pixels.
 
-    `size` is the side of the square images, in pixels.  Returns the photos, and one line for each thing
-    passed over.  FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or
-    a caption that is not UTF-8 text.
+    Returns the photos, `size` pixels square, and one line for each thing passed over.  FileNotFoundError if
+    there is no such folder, ValueError if it holds no readable picture or a caption that is not UTF-8 text.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -170,17 +164,12 @@ OBJECT_TEMPLATES = (
 )  # fmt: skip
 
 # Those for a style, from the official code, where two stand twice and so are drawn twice as often.
-STYLE_TEMPLATES = (
-    "a painting in the style of {}", "the painting in the style of {}", "a picture in the style of {}",
-    "a rendering in the style of {}", "a rendition in the style of {}", "a clean painting in the style of {}",
-    "a dirty painting in the style of {}", "a dark painting in the style of {}",
-    "a bright painting in the style of {}", "a cool painting in the style of {}",
-    "a nice painting in the style of {}", "a good painting in the style of {}",
-    "a small painting in the style of {}", "a large painting in the style of {}",
-    "a weird painting in the style of {}", "a cropped painting in the style of {}",
-    "a cropped painting in the style of {}", "a close-up painting in the style of {}",
-    "a close-up painting in the style of {}",
-)  # fmt: skip
+STYLE_TEMPLATES = tuple(f"{picture} in the style of {{}}" for picture in (
+    "a painting", "the painting", "a picture", "a rendering", "a rendition", "a clean painting",
+    "a dirty painting", "a dark painting", "a bright painting", "a cool painting", "a nice painting",
+    "a good painting", "a small painting", "a large painting", "a weird painting", "a cropped painting",
+    "a cropped painting", "a close-up painting", "a close-up painting",
+))  # fmt: skip
 
 
 def read_templates(file: str | Path) -> list[str]:
@@ -188,14 +177,12 @@ def read_templates(file: str | Path) -> list[str]:
 
     OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
     """
-    templates = []
-    for number, line in enumerate(_read_text(Path(file)).splitlines(), start=1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    lines = [line.strip() for line in _read_text(Path(file)).splitlines()]
+    templates = [line for line in lines if line and not line.startswith("#")]
+    for line in templates:
         if "{}" not in line:
+            number = lines.index(line) + 1
             raise ValueError(f"{file}, line {number}: '{line}' has no {{}} for the word")
-        templates.append(line)
     if not templates:
         raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
     return templates

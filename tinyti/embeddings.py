@@ -1,10 +1,8 @@
 """Learned words on disk: reads every format in use for SD1, SD2 and LDM; writes two of them.
 
 A learned word is a name and n vectors of width D, the rows that take the word's place in an embedded prompt.
-`python -m tinyti.embeddings IN` shows what a file holds, `... IN OUT` converts it.
-"""
+`python -m tinyti.embeddings IN` shows what a file holds, `... IN OUT` converts it."""
 
-import argparse
 import base64
 import io
 import json
@@ -32,9 +30,12 @@ MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
 MOST_WIDTH = 8192  # a damaged file can describe a tensor far larger than itself
 MOST_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Keys that tell the format of a file, and so are no names of words.
-RESERVED = "__metadata__ clip_g clip_l emb_params emp_params emp_params_out string_to_param".split()
 WORD = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
+
+# The keys under which kohya, invoke-training, OneTrainer and diffusers' advanced script keep a word, unnamed.
+UNNAMED = ("emb_params", "emp_params", "clip_l")
+# Keys that tell the format of a file, and so are no names of words.
+RESERVED = (*UNNAMED, "clip_g", "emp_params_out", "string_to_param", "__metadata__")
 
 PNG = b"\x89PNG"
 PICTURES = (PNG, b"RIFF", b"\xff\xd8\xff", b"\xff\x0a", b"\0\0\0\x0cJXL", b"\0\0\0 ftypavif")  # RIFF is WebP
@@ -48,23 +49,15 @@ DAMAGED = (
 
 
 def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
-    """Read the learned words in a file, or in a folder that train.py wrote, in the file's order.
+    """Read the learned words in a file, or in a folder that train.py wrote: {word: (n, D)}, fp32, on the CPU.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
     kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word that is no key of the file is
     named after the file, as in AUTOMATIC1111; a UserWarning tells of another name inside.  A pickle never
-    gets to run code.
+    gets to run code.  `width` is the D of the model that the words are for, if there is one.
 
-    Args:
-        path: the file or folder.
-        width: the D of the model, if the words are for one; a word of another width is refused.
-
-    Returns:
-        {word: [n, D]}, fp32, on the CPU, contiguous.
-
-    Raises:
-        FileNotFoundError: there is no such file, or the folder holds no `learned_embeds`.
-        ValueError: what the file holds is not a learned word for these models.
+    FileNotFoundError if there is no such file, or the folder holds no `learned_embeds`; ValueError for what
+    is no learned word for these models, or has another width.
     """
     file = _find(Path(path))
     words = {word: _check(tensor, word, file) for word, tensor in _find_words(_load(file), file).items()}
@@ -78,19 +71,13 @@ def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
 
 
 def write(path: str | Path, words: dict[str, Tensor]) -> None:
-    """Write learned words, atomically, and the same words always to the same bytes.
+    """Write words {name: (n, D) or (D,)}, as fp32, atomically, and the same words always to the same bytes.
 
     `.safetensors` is diffusers' form: the key is the word; one vector is [D], several are [n, D].  diffusers
     itself takes one word per file.  `.pt` is AUTOMATIC1111's form, for one word.
 
-    Args:
-        path: ends in `.safetensors` or `.pt`.
-        words: {word: [n, D] or [D]} of any float type and device; saved as fp32.
-
-    Raises:
-        ValueError: another suffix, no word, several words for a `.pt`, a name that `check_name` refuses, or
-            values that are not finite.
-        OSError: the folder is missing, not writable or full.
+    ValueError for another suffix, no word, several words for a `.pt`, a name that `check_name` refuses, or
+    values that are not finite; OSError if the folder is missing, not writable or full.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
@@ -116,8 +103,8 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
     """Write a file whole or not at all: what the block writes into the stream takes the place of `path`.
 
     The stream is memory, as not every library survives a full disk; at the block's end its bytes are written
-    to `.NAME.tmp`, which is renamed.  After a failure the file is as it was before.  Raises OSError if the
-    folder is missing, not writable or full.
+    to `.NAME.tmp`, which is renamed.  After a failure the file is as it was before.  OSError if the folder is
+    missing, not writable or full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -137,7 +124,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
 
 def check_name(word: str) -> None:
     """Refuse a name under which `read` would not give the word back: ValueError."""
-    if not isinstance(word, str) or not word or not word.isprintable() or word in RESERVED:
+    if not _is_name(word) or word in RESERVED:
         raise ValueError(
             f"{word!r:.80} cannot be the name of a learned word; expected printable characters, and "
             f"not a key of the file formats ({', '.join(RESERVED)})"
@@ -175,17 +162,12 @@ def _save_pt(word: str, vectors: Tensor, stream: io.BytesIO) -> None:
 
 def _find(path: Path) -> Path:
     """The file that `path` means, not opened yet."""
-    file, found = path, f"No such file: {path}"
-    if path.is_dir():
-        names = ("learned_embeds.safetensors", "learned_embeds.bin")
-        file = next((path / name for name in names if (path / name).exists()), path)
-        found = f"{path} holds no {names[0]}"
-    elif path.exists():
-        found = f"{path} is a device or a pipe"
-    if not file.is_file():
-        advice = "give a word's file, or the folder that train.py wrote"
-        raise FileNotFoundError(_one_line(f"{found}; {advice}"))
-
+    names = ("learned_embeds.safetensors", "learned_embeds.bin") if path.is_dir() else ("",)
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        found = f"{path} is a device or a pipe" if path.exists() else f"No such file: {path}"
+        found = f"{path} holds no {names[0]}" if path.is_dir() else found
+        raise FileNotFoundError(_one_line(f"{found}; give a word's file, or the folder that train.py wrote"))
     # diffusers writes an SDXL word as a pair of files, each of which looks like a word of SD1 or LDM
     second = file.with_name(file.name.replace("learned_embeds", "learned_embeds_2", 1))
     if file.name.startswith("learned_embeds_2") or (second != file and second.exists()):
@@ -195,26 +177,24 @@ def _find(path: Path) -> Path:
 
 def _load(file: Path):
     """What the file holds.  Its first bytes say which container it is; the suffix is often wrong."""
-    size = file.stat().st_size
-    if size > MOST_BYTES:
+    if (size := file.stat().st_size) > MOST_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
+    kind, load = "file", _load_pickle
     if data[8:9] == b"{":
         kind, load = "safetensors file", _load_safetensors
     elif data.startswith(PICTURES):
         kind, load = "picture", _load_picture
-    else:
-        kind, load = "file", _load_pickle
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old pickles and large pictures
             contents = load(data)
     except DAMAGED as error:
-        call = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
-        if call:
+        found, advice = f"a damaged or unknown {kind}", "fetch it again"
+        if call := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
             found = f"a pickle that would call {call[1]}, which was not run"
-            raise _refusal(file, found, advice="ask for a .safetensors file") from error
-        raise _refusal(file, f"a damaged or unknown {kind}", advice="fetch it again") from error
+            advice = "ask for a .safetensors file"
+        raise _refusal(file, found, advice=advice) from error
     if kind == "picture" and contents is None:
         found = "a picture without a word's data, the text 'sd-ti-embedding' of AUTOMATIC1111's PNG"
         raise _refusal(file, found, advice="saving a picture anew loses it; ask for the original, or a .pt")
@@ -260,11 +240,10 @@ def _find_words(contents, file: Path) -> dict[str, Tensor]:
         contents = {"string_to_param": {"*": contents}}
     if not isinstance(contents, dict):
         raise _refusal(file, f"a {type(contents).__name__}")
-
     name = file.stem
     keys = [key if isinstance(key, str) else type(key).__name__ for key in contents]
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-    if "string_to_param" in contents:  # the official code, AUTOMATIC1111, HCP-Diffusion
+    if "string_to_param" in keys:  # the official code, AUTOMATIC1111, HCP-Diffusion
         inner = contents.get("name")
         if isinstance(inner, str) and inner not in ("", name):
             note = f"{file}: the word is {name}, after the file, as in AUTOMATIC1111; inside it is {inner}"
@@ -273,17 +252,13 @@ def _find_words(contents, file: Path) -> dict[str, Tensor]:
         if isinstance(contents, nn.ParameterDict):
             # items() fails on what torch <= 1.11 wrote; the tensors of old and new files are here
             contents = contents.__dict__.get("_parameters")
-    elif keys == ["clip_l"]:  # diffusers' train_dreambooth_lora_sd15_advanced.py
-        contents = {"*": contents["clip_l"]}
-    elif {"clip_l", "clip_g"} & set(keys):
+    elif {"clip_l", "clip_g"} & set(keys) and keys != ["clip_l"]:
         raise _refusal(file, f"{shown}, as SDXL, SD3 and Flux have them")
     elif len(keys) > 1 and all(re.fullmatch(r"IN\d\d|MID|OUT\d\d", key) for key in keys):
         raise _refusal(file, f"one vector per layer of the UNet ({shown}: XTI)")
-    elif "emb_params" in contents:  # kohya, invoke-training
-        contents = {"*": contents["emb_params"]}
-    elif "emp_params" in contents:  # OneTrainer
-        contents = {"*": contents["emp_params"]}
-    elif "emp_params_out" in contents:
+    elif unnamed := [key for key in UNNAMED if key in keys]:
+        contents = {"*": contents[unnamed[0]]}
+    elif "emp_params_out" in keys:
         raise _refusal(file, "only OneTrainer's emp_params_out, which replaces outputs of the text encoder")
     else:
         name = "*"  # diffusers, cloneofsimo: every key is a word, also this one
@@ -293,8 +268,8 @@ def _find_words(contents, file: Path) -> dict[str, Tensor]:
 
 
 def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
-    """One word's vectors as [n, D], fp32, on the CPU, contiguous."""
-    if not isinstance(word, str) or not word or not word.isprintable():
+    """One word's vectors as (n, D), fp32, on the CPU, contiguous."""
+    if not _is_name(word):
         raise _refusal(file, f"the key {word!r}")
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in FLOATS:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -309,6 +284,10 @@ def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
     if not vectors.isfinite().all():
         raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
     return vectors
+
+
+def _is_name(word) -> bool:
+    return isinstance(word, str) and word != "" and word.isprintable()
 
 
 def _refusal(file: Path, found: str, expected: str = WORD, advice: str = "") -> ValueError:
@@ -326,50 +305,44 @@ def _model(width: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for whatever was refused."""
-    parser = argparse.ArgumentParser(prog="python -m tinyti.embeddings", description="Show or convert words.")
+    from . import cli  # only here: files are read and written without a model
+
+    parser = cli.Parser("Show or convert learned words.")
+    parser.prog = "python -m tinyti.embeddings"
     parser.add_argument("IN", help="a word's file, or the folder that train.py wrote")
     parser.add_argument("OUT", nargs="?", help="write this .safetensors (diffusers) or .pt (AUTOMATIC1111)")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists (default: refuse)")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     parser.add_argument("--weights", help="the words' model, to show the nearest vocabulary words too")
-    options = parser.parse_args(arguments)
-    lines = []
-    try:
-        model = None
-        if options.weights:
-            import tinyti  # only here: files are read and written without a model
+    return cli.run("tinyti.embeddings", lambda: _convert(parser.parse_args(arguments)))
 
-            model = tinyti.load(options.weights)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            words = read(options.IN, width=model and model.text.table.shape[1])
-        notes = [str(warning.message) for warning in caught]
-        for word, vectors in words.items():
-            norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
-            lines.append(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
-            if model:
-                lines += _nearest(tinyti.Concept(word, vectors, [*range(len(vectors))]), model)
-        if options.OUT:
-            if Path(options.OUT).exists() and not options.force:
-                raise ValueError(f"{options.OUT} exists; give another name, or --force to overwrite it")
-            write(options.OUT, words)
-            lines.append(f"written to {options.OUT}")
-            notes += filter(None, (compatibility_warning(word, len(v)) for word, v in words.items()))
-    except (ValueError, OSError) as error:
-        print(_one_line(error), file=sys.stderr)
-        return 2
-    print("\n".join(lines))
+
+def _convert(options) -> int:
+    """Show the words of IN, and write them to OUT."""
+    import tinyti
+
+    if options.OUT and Path(options.OUT).exists() and not options.force:
+        raise ValueError(f"{options.OUT} exists; give another name, or --force to overwrite it")
+    model = tinyti.load(options.weights) if options.weights else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        words = read(options.IN, width=model and model.text.table.shape[1])
+    notes = [str(warning.message) for warning in caught]
+    if options.OUT:
+        write(options.OUT, words)
+        notes += filter(None, (compatibility_warning(word, len(v)) for word, v in words.items()))
+    for word, vectors in words.items():
+        norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
+        print(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
+        if model:
+            concept, token = tinyti.Concept(word, vectors, [*range(len(vectors))]), model.tokenizer.token
+            for row in concept.nearest(model.text.table, among=model.tokenizer.word_ids()):
+                print("  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row))
+    if options.OUT:
+        print(f"written to {options.OUT}")
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
     return 0
 
 
-def _nearest(concept, model) -> list[str]:
-    """One line per vector: the vocabulary words nearest in direction, with the cosine."""
-    token, known = model.tokenizer.token, model.tokenizer.word_ids()
-    near = concept.nearest(model.text.table, among=known)
-    return ["  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row) for row in near]
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be in the terminal's encoding
     sys.exit(main())

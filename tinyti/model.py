@@ -90,7 +90,6 @@ class LatentDiffusion:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).clamp(-1, 1)
 
 
-@checkpoint.one_line()
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
          prediction: str | None = None, tokenizer: str | Path | None = None) -> LatentDiffusion:  # fmt: skip
     """Load a model folder or a single file as published (weights/README.md).
@@ -126,7 +125,6 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     return LatentDiffusion(words, text, vae, unet, schedule)
 
 
-@checkpoint.one_line()
 def load_clip(path: str | Path, device: str = "cpu",
               dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:  # fmt: skip
     """Load a CLIP folder like openai/clip-vit-base-patch32, with its vocabulary; errors as of `load`."""

@@ -1,8 +1,7 @@
 """Text to token ids: CLIP's byte pairs (Stable Diffusion), BERT's word pieces (the paper's LDM), new words.
 
 Learned words are cut out of the raw text first, and the pretrained tokenizer sees only what is left.  So its
-vocabulary never changes, and a name such as `*` or `cat` costs the model nothing it knew.
-"""
+vocabulary never changes, and a name such as `*` or `cat` costs the model nothing it knew."""
 
 import json
 from pathlib import Path
@@ -42,16 +41,21 @@ class Tokenizer:
         Raises FileNotFoundError if there is no vocabulary, ValueError if it is damaged.
         """
         try:
-            return cls._read(Path(folder))
+            return cls._from_files(Path(folder))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             found = " ".join(f"{folder} does not describe a tokenizer ({error})".split("\n"))
             raise ValueError(found) from None
 
     @classmethod
-    def _read(cls, folder):
+    def _from_files(cls, folder):
         vocab, merges, added = _read_vocabulary(folder)
-        config = _read_config(folder)
-        added |= {int(id): token for id, token in config["added_tokens_decoder"].items()}
+        config = _settings(folder, "tokenizer_config.json")
+        if "added_tokens_decoder" in config:
+            added |= {int(id): token for id, token in config["added_tokens_decoder"].items()}
+        else:  # an older folder: special and other tokens have a file each
+            config |= _settings(folder, "special_tokens_map.json")
+            words = _settings(folder, "added_tokens.json").items()
+            added |= {int(id): {"content": word, "normalized": True} for word, id in words}
         is_clip = merges is not None
         roles = CLIP_SPECIAL if is_clip else BERT_SPECIAL
         special = {role: _added_token(config.get(role) or default) for role, default in roles.items()}
@@ -88,10 +92,6 @@ class Tokenizer:
             ids += self.words[piece] if learned else self.core.encode(piece, add_special_tokens=False).ids
         return ids
 
-    def overflow(self, text: str) -> int:
-        """How many ids of a prompt are cut off at its end because they do not fit; 0 if all fit."""
-        return max(0, len(self.encode(text)) - (self.length - 2))
-
     def add(self, word: str, n: int = 1) -> list[int]:
         """Register a learned word and return its `n` consecutive ids.
 
@@ -114,13 +114,11 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """How an id reads: "cat" for `cat</w>`, "##s" for a later piece of a BERT word, or a learned word."""
-        for word, ids in self.words.items():
-            if id in ids:
-                return word
+        learned = [word for word, ids in self.words.items() if id in ids]
         entry = self.core.id_to_token(id)
-        if entry is None:
+        if entry is None and not learned:
             raise ValueError(f"id {id}: expected one of the {self.vocab_size} entries or of a learned word")
-        return self.core.decoder.decode([entry]).removesuffix("</w>")
+        return learned[0] if learned else self.core.decoder.decode([entry]).removesuffix("</w>")
 
     def single(self, word: str) -> int | None:
         """The id of a word of letters only that is one entry of the vocabulary; None for any other."""
@@ -194,16 +192,15 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
     """Entries with their ids, merges (None: word pieces), and by id the tokens added after training."""
     merges, added = None, {}
     if (folder / "tokenizer.json").is_file():
-        content = _read_json(folder / "tokenizer.json")
+        content = _read(folder / "tokenizer.json")
         model = content.get("model") or {}
         vocab, merges = model.get("vocab"), model.get("merges")
         added = {token["id"]: token for token in content.get("added_tokens", [])}
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = _read_json(folder / "vocab.json")
-        lines = _read_lines(folder / "merges.txt")
+        vocab, lines = _read(folder / "vocab.json"), _read(folder / "merges.txt")
         merges = [line for line in lines if not line.startswith("#version")]
     elif (folder / "vocab.txt").is_file():
-        vocab = {entry: id for id, entry in enumerate(_read_lines(folder / "vocab.txt"))}
+        vocab = {entry: id for id, entry in enumerate(_read(folder / "vocab.txt"))}
     else:
         found = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
         raise FileNotFoundError(
@@ -224,20 +221,6 @@ def _merge(line: str | list[str], vocab: dict[str, int]) -> tuple[str, str]:
     return tuple(pair)
 
 
-def _read_config(folder: Path) -> dict:
-    """The folder's settings; "added_tokens_decoder" holds the tokens added after training by id."""
-
-    def settings(name):
-        return _read_json(folder / name) if (folder / name).is_file() else {}
-
-    config = settings("tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # an older folder: special and other tokens have a file each
-        config |= settings("special_tokens_map.json")
-        added = settings("added_tokens.json").items()
-        config["added_tokens_decoder"] = {id: {"content": word, "normalized": True} for word, id in added}
-    return config
-
-
 def _added_token(value: str | dict) -> AddedToken:
     """A token that is never split: a plain one is sought in the raw text, a saved one as its flags say."""
     if isinstance(value, str):
@@ -246,18 +229,14 @@ def _added_token(value: str | dict) -> AddedToken:
     return AddedToken(value["content"], special=True, **flags)
 
 
-def _read_json(file: Path) -> dict:
+def _settings(folder: Path, name: str) -> dict:
+    return _read(folder / name) if (folder / name).is_file() else {}
+
+
+def _read(file: Path):
+    """The content of a .json file, the lines of a .txt file; an error names the file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text) if file.suffix == ".json" else text.removesuffix("\n").split("\n")
     except ValueError as error:
-        raise ValueError(f"{file.name} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not readable as text: {error}") from None
+        raise ValueError(f"{file.name} is not readable: {error}") from None

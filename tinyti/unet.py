@@ -65,13 +65,13 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A transformer block over the pixels of x (B, C, H, W), with context (B, T, D)."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, linear: bool):
+    def __init__(self, config: UNetConfig, channels: int, heads: int):
         super().__init__()
-        project = nn.Linear if linear else (lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1))
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
-        self.proj_out = project(channels, channels)
+        c, linear = channels, config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, c, 1e-6)
+        self.proj_in = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, heads, config.cross_attention_dim)])
+        self.proj_out = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -86,17 +86,20 @@ class Transformer(nn.Module):
         return F.linear(h, layer.weight.flatten(1), layer.bias)
 
 
+def resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
+    """A residual block that is told the timestep."""
+    return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0])
+
+
 class Block(nn.Module):
     """One resolution of the UNet: resnets, a transformer behind each where there is attention, resampling."""
 
     def __init__(self, config: UNetConfig, c_ins: list[int], c_out: int, heads: int, kind: str,
                  down: bool = False, up: bool = False):  # fmt: skip
         super().__init__()
-        groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
-        resnets = [ResnetBlock(c, c_out, groups, config.norm_eps, temb_dim) for c in c_ins]
-        make = (c_out, heads, config.cross_attention_dim, groups, config.use_linear_projection)
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([Transformer(*make) for _ in c_ins] if "Attn" in kind else [])
+        self.resnets = nn.ModuleList([resnet(config, c, c_out) for c in c_ins])
+        attends = "Attn" in kind
+        self.attentions = nn.ModuleList([Transformer(config, c_out, heads) for _ in c_ins if attends])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
@@ -111,11 +114,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, heads: int):
         super().__init__()
-        groups, temb_dim = config.norm_num_groups, 4 * config.block_out_channels[0]
-        resnets = [ResnetBlock(channels, channels, groups, config.norm_eps, temb_dim) for _ in range(2)]
-        make = (channels, heads, config.cross_attention_dim, groups, config.use_linear_projection)
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([Transformer(*make)])
+        self.resnets = nn.ModuleList([resnet(config, channels, channels) for _ in range(2)])
+        self.attentions = nn.ModuleList([Transformer(config, channels, heads)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)

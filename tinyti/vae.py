@@ -67,19 +67,16 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
+        self.down_blocks = nn.Sequential(*(
             Block(c_in, c_out, config.layers_per_block, groups, down=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths))
-        )
+        ))  # fmt: skip
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -91,17 +88,15 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
+        self.up_blocks = nn.Sequential(*(
             Block(c_in, c_out, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths))
-        )
+        ))  # fmt: skip
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            z = block(z)
+        z = self.up_blocks(self.mid_block(self.conv_in(z)))
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
