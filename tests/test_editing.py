@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import tinyti
 from tinyti.data import read_image, to_image, to_tensor
 from tinyti.diffusion import Schedule
-from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, paste, to_mask
+from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, overlay, paste, to_mask
 from tinyti.unet import Transformer
 
 from .conftest import CONCEPTS, TINY, relative_error
@@ -255,24 +255,29 @@ def test_attention_to_a_learned_word_is_found_and_changes_no_picture(model):
     assert heat.shape == (1, 64, 64) and heat.min() > 0 and relative_error(of_words, heat) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "act, message",
-    [
-        (lambda m, p: from_image(m, "a cat", p, strength=0.0), "strength is 0.0 of 50 steps"),
-        (lambda m, p: from_image(m, "a cat", p, strength=1.5), "strength is 1.5"),
-        (lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5), "leave a step"),
-        (lambda m, p: from_image(m, "a cat", p[:, :30]), "30×64 pixels; both must be multiples of 4"),
-        (
-            lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)),
-            "mask has 32×64 pixels, the image 64×64",
-        ),
-        (lambda m, p: ddim_invert(m, "a cat", p, steps=2000), "steps is 2000"),
-        (lambda m, p: ddim_invert(m, "a cat", p, iterations=0), "iterations is 0"),
-        (lambda m, p: to_mask(Image.new("L", (9, 9)), 64), "black everywhere; paint"),
-        (lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2), "narrower than 5 pixels"),
-        (lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64), "white everywhere"),
-    ],
-)
+def test_an_overlay_is_red_where_the_heat_is_and_the_picture_where_there_is_least():
+    pictures = torch.rand(2, 3, 4, 4, generator=seeded())
+    heat = torch.zeros(2, 4, 4)
+    heat[0, 1, 2], heat[0, 3, 3] = 0.3, 0.6
+    drawn = overlay(pictures, heat)
+    assert torch.equal(drawn[0, :, 0], pictures[0, :, 0]) and torch.equal(drawn[1], pictures[1])
+    red = torch.tensor([1.0, -1.0, -1.0])
+    torch.testing.assert_close(drawn[0, :, 3, 3], 0.2 * pictures[0, :, 3, 3] + 0.8 * red)
+    torch.testing.assert_close(drawn[0, :, 1, 2], 0.6 * pictures[0, :, 1, 2] + 0.4 * red)
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda m, p: from_image(m, "a cat", p, strength=0.0), "strength is 0.0 of 50 steps"),
+    (lambda m, p: from_image(m, "a cat", p, strength=1.5), "strength is 1.5"),
+    (lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5), "leave a step"),
+    (lambda m, p: from_image(m, "a cat", p[:, :30]), "30×64 pixels; both must be multiples of 4"),
+    (lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)), "mask has 32×64 pixels, the image 64×64"),
+    (lambda m, p: ddim_invert(m, "a cat", p, steps=2000), "steps is 2000"),
+    (lambda m, p: ddim_invert(m, "a cat", p, iterations=0), "iterations is 0"),
+    (lambda m, p: to_mask(Image.new("L", (9, 9)), 64), "black everywhere; paint"),
+    (lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2), "narrower than 5 pixels"),
+    (lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64), "white everywhere"),
+])  # fmt: skip
 def test_bad_requests_are_named(model, photo, act, message):
     with pytest.raises(ValueError, match=message):
         next(act(model, photo))
