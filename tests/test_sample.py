@@ -164,7 +164,7 @@ def test_sample_refuses(word, room, tmp_path, capsys):
         (["", "--words", word], "PROMPT"), (["S*", "--words", f"={word}"], "empty"),
         (["a cat", "--attention"], "--words loads them"), (["S*", "--mask", mask], "--image"),
         ([*masked, tmp_path / "tall.png"], "same ratio"), ([*masked, "no.png"], "no.png: no such file"),
-        ([*masked, tmp_path / "black.png"], "black every"), ([*masked, tmp_path / "white.png"], "white every"),
+        ([*masked, tmp_path / "black.png"], "black"), ([*masked, tmp_path / "white.png"], "white"),
         ([*masked, mask, "--strength", "1.1"], "1.1"), ([*masked, mask, "--strength", "nan"], "nan"),
         ([*masked, mask, "--strength", "0.01"], "leave a step"),
         ([*masked, mask, "--size", "16", "32"], "square"), (["a cat", "--image", word], "not a file"),
