@@ -62,16 +62,10 @@ def seeded(seed=0):
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0), ("dpm++", 0.0)])
 def test_from_image_is_diffusers_img2img(model, photo, sampler, eta, strength):
     prompts, seeds = [PROMPT, "a painting of a cat"], (3, 4)
-    wanted = their(StableDiffusionImg2ImgPipeline, sampler)(
-        prompts,
-        image=torch.stack([photo, photo]),
-        strength=strength,
-        num_inference_steps=12,
-        guidance_scale=5.0,
-        eta=eta,
-        generator=[seeded(s) for s in seeds],
-        output_type="pt",
-    ).images
+    options = {"strength": strength, "num_inference_steps": 12, "guidance_scale": 5.0, "eta": eta}
+    options |= {"generator": [seeded(s) for s in seeds], "output_type": "pt"}
+    pipeline = their(StableDiffusionImg2ImgPipeline, sampler)
+    wanted = pipeline(prompts, image=torch.stack([photo, photo]), **options).images
     settings = {"steps": 12, "guidance": 5.0, "sampler": sampler, "eta": eta}
     path = list(from_image(model, prompts, photo, strength, generator=[seeded(s) for s in seeds], **settings))
     assert len(path) == int(12 * strength)
@@ -90,18 +84,10 @@ def test_a_weaker_change_stays_nearer_to_the_picture(model, photo):
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_in_region_is_diffusers_inpainting_with_a_plain_unet(model, photo, sampler):
     """Which at strength 1 begins with pure noise, too; the blended latents are equal, before any paste."""
-    wanted = their(StableDiffusionInpaintPipeline, sampler)(
-        PROMPT,
-        image=photo[None],
-        mask_image=painted(),
-        height=64,
-        width=64,
-        strength=1.0,
-        num_inference_steps=10,
-        guidance_scale=5.0,
-        generator=seeded(),
-        output_type="pt",
-    ).images
+    options = {"height": 64, "width": 64, "strength": 1.0, "num_inference_steps": 10, "guidance_scale": 5.0}
+    options |= {"generator": seeded(), "output_type": "pt"}
+    pipeline = their(StableDiffusionInpaintPipeline, sampler)
+    wanted = pipeline(PROMPT, image=photo[None], mask_image=painted(), **options).images
     settings = {"steps": 10, "guidance": 5.0, "sampler": sampler, "generator": seeded()}
     x_0 = last(in_region(model, PROMPT, photo, to_mask(painted(), 64, feather=2), 1.0, **settings))
     assert wanted.std() > 0.1
@@ -183,7 +169,6 @@ def test_the_picture_returns_from_its_own_noise(model, photo):
 
     usual, exact = (last(ddim_invert(model, prompt, photo, 12, iterations=n)) for n in (1, 4))
     assert usual.shape == (1, 4, 16, 16) and 0.7 < usual.std() < 1.2
-    print(returned(usual), returned(exact), returned(usual, PROMPT))
     assert 30 < returned(usual) < returned(exact) - 10
     assert returned(usual, PROMPT) < returned(usual) - 10
     assert returned(torch.randn(usual.shape, generator=seeded())) < 15
@@ -216,13 +201,8 @@ def test_attention_maps_are_the_probabilities_of_attention(model):
     ids = model.tokenizer(prompts)
     x_t = torch.randn(2, 4, 16, 16, generator=seeded())
     seen = []
-    layers = [layer for layer in model.unet.modules() if isinstance(layer, Transformer)]
-    hooks = [
-        layer.transformer_blocks[0].attn2.register_forward_hook(
-            lambda layer, args, _: seen.append((layer, *args))
-        )
-        for layer in layers
-    ]
+    layers = [m.transformer_blocks[0].attn2 for m in model.unet.modules() if isinstance(m, Transformer)]
+    hooks = [m.register_forward_hook(lambda layer, args, _: seen.append((layer, *args))) for m in layers]
     with attention_maps(model, prompts, "cat", (8, 8)) as heat:
         last(tinyti.sample(model, prompts, steps=1, guidance=3.0, x_T=x_t))
     wanted = []
