@@ -99,7 +99,7 @@ def draw(args):
         pictures, shown = [], {word: [] for word in words if args.attention}
         for batch in (seeds[i : i + BATCH] for i in range(0, args.count, BATCH)):
             prompts, noise = [prompt] * len(batch), [torch.Generator().manual_seed(seed) for seed in batch]
-            with ExitStack() as recording:
+            with ExitStack() as recording:  # of nothing, without --attention
                 heat = [recording.enter_context(attention_maps(model, prompts, w, size)) for w in shown]
                 for x_0 in walk(model, prompts, generator=noise, **options):  # noqa: B007
                     bar.update()
@@ -131,7 +131,7 @@ def edit(args, model, size):
     if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
         found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
         raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
-    mask = to_mask(mask, size[0], feather=model.vae.factor // 2)  # the seam is as wide as a latent
+    mask = to_mask(mask, size[0], feather=model.vae.factor // 2)  # a seam as wide as a latent
     walk = partial(in_region, image=image, mask=mask, strength=args.strength)
     return walk, lambda x_0: paste(image, model.decode(x_0), mask), steps
 

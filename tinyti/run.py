@@ -107,7 +107,8 @@ class Run:
             lines = csv.writer(text := io.StringIO())
             lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
             evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
-            for step, (loss, gradient, norm) in enumerate(torch.stack(self.word.log).tolist(), 1):
+            rows = torch.stack(self.word.log[: self.word.step]).tolist()
+            for step, (loss, gradient, norm) in enumerate(rows, 1):
                 lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
             file.write(text.getvalue().encode())
         if not draw:
