@@ -10,6 +10,8 @@ import json
 import re
 import sys
 import warnings
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +20,9 @@ from tqdm import tqdm
 
 import tinyti
 from tinyti import cli, embeddings
-from tinyti.data import grid, to_image
+from tinyti.data import grid, read_image, to_image, to_tensor
 from tinyti.diffusion import SAMPLERS
+from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped, to_mask
 
 BATCH = 8  # pictures that are drawn at once
 LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|\w*\*")  # how people write words that a model was taught
@@ -45,14 +48,22 @@ def arguments(argv=None):
     add("--size", type=cli.whole(1, 4096), nargs="+", metavar="PIXELS",
         help="side, or height and width; by default what the model was trained on")  # fmt: skip
 
+    add = parser.add_argument_group("what to begin with, instead of noise").add_argument
+    add("--image", type=cli.path, metavar="FILE", help="picture to redraw, its middle square")
+    add("--mask", type=cli.path, metavar="FILE", help="redraw only where it is white; the rest stays")
+    add("--strength", type=cli.number(0, 1), default=0.7, help="share of the steps that --image goes through")
+
     add = parser.add_argument_group("what comes out").add_argument
     add("--count", type=cli.whole(1, 10**4), default=4, help="pictures per prompt")
     add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
+    add("--attention", action="store_true", help="draw in attention.png where the learned words act")
     add("--out", type=cli.path, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
     add("--force", action="store_true", help="replace pictures that are there")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         raise ValueError(f"--size has {len(args.size)} numbers; give the side, or height and width")
+    if args.mask and not args.image:
+        raise ValueError(f"--mask {args.mask} has no picture to keep the rest of; give it by --image")
     return args
 
 
@@ -68,31 +79,61 @@ def draw(args):
     size = args.size or [model.size]
     size = (size[0], size[-1])
     model.check_size(*size)
-    model.schedule.timesteps(args.steps)  # refuses more than the model was trained on
+    model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
     add_words(model, args.words)
-    for prompt in args.prompts:
-        check_prompt(model, prompt, wants_word=bool(args.words))
+    learned = [check_prompt(model, prompt, args.words or args.attention) for prompt in args.prompts]
+    walk, finish, steps = partial(tinyti.sample, size=size), model.decode, args.steps
+    if args.image:
+        walk, finish, steps = edit(args, model, size)
 
     options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "eta", "negative")}
-    settings = options | {"size": size, "weights": Path(args.weights).name, "words": list(model.concepts)}
+    settings = options | {"size": size, "words": list(model.concepts)}
+    settings |= {"strength": args.strength} if args.image else {}
+    inputs = (("weights", args.weights), ("image", args.image), ("mask", args.mask))
+    settings |= {name: Path(path).name for name, path in inputs if path}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + args.count)
-    bar = tqdm(total=len(args.prompts) * -(-args.count // BATCH) * args.steps, unit="step")
-    rows = []
-    for prompt in args.prompts:
-        pictures = []
+    bar = tqdm(total=len(args.prompts) * -(-args.count // BATCH) * steps, unit="step")
+    rows, maps = [], []
+    for prompt, words in zip(args.prompts, learned):
+        pictures, shown = [], {word: [] for word in words if args.attention}
         for batch in (seeds[i : i + BATCH] for i in range(0, args.count, BATCH)):
-            noise = [torch.Generator().manual_seed(seed) for seed in batch]
-            for x_0 in tinyti.sample(model, [prompt] * len(batch), generator=noise, size=size, **options):  # noqa: B007
-                bar.update()
-            for seed, picture in zip(batch, map(to_image, model.decode(x_0))):
+            prompts, noise = [prompt] * len(batch), [torch.Generator().manual_seed(seed) for seed in batch]
+            with ExitStack() as recording:  # of nothing, without --attention
+                heat = [recording.enter_context(attention_maps(model, prompts, w, size)) for w in shown]
+                for x_0 in walk(model, prompts, generator=noise, **options):  # noqa: B007
+                    bar.update()
+            drawn = finish(x_0)
+            for seed, picture in zip(batch, map(to_image, drawn)):
                 save(picture, files[len(rows)][seed], {"prompt": prompt, "seed": seed, **settings})
                 pictures.append(picture)
+            for word, of_word in zip(shown, heat):
+                shown[word] += map(to_image, overlay(drawn, of_word))
         rows.append((prompt, pictures))
+        maps += [(f"{word} in: {prompt}", of_word) for word, of_word in shown.items()]
     bar.close()
     save(grid(rows), Path(args.out) / "grid.png", settings)
+    if args.attention:
+        save(grid(maps), Path(args.out) / "attention.png", settings)
     print(f"{len(rows) * args.count} pictures and grid.png in {cli.shown(args.out)}")
     return 0
+
+
+def edit(args, model, size):
+    """What draws from --image, or in the --mask of it; what decodes that; how many steps there are."""
+    if size[0] != size[1]:
+        raise ValueError(f"--size is {size[0]} {size[1]}, but --image is cropped to a square; give its side")
+    picture = read_image(args.image, size[0])
+    image, steps = to_tensor(picture, size[0]), args.steps - skipped(args.steps, args.strength)
+    if not args.mask:
+        return partial(from_image, image=image, strength=args.strength), model.decode, steps
+    mask = read_image(args.mask, size[0])
+    if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
+        found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
+        raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
+    mask = to_mask(mask, size[0], feather=model.vae.factor // 2)  # a seam as wide as a latent
+    walk = partial(in_region, image=image, mask=mask, strength=args.strength)
+    return walk, lambda x_0: paste(image, model.decode(x_0), mask), steps
 
 
 def picture_files(args):
@@ -103,7 +144,8 @@ def picture_files(args):
         stem = f"{number:0{max(2, len(str(len(args.prompts))))}}-{words}"
         seeds = range(args.seed, args.seed + args.count)
         files.append({seed: Path(args.out) / f"{stem}-{seed}.png" for seed in seeds})
-    wanted = [file for row in files for file in row.values()] + [Path(args.out) / "grid.png"]
+    wanted = [file for row in files for file in row.values()]
+    wanted += [Path(args.out) / name for name in ("grid.png", "attention.png")]
     if not args.force and (there := next((file for file in wanted if file.exists()), None)):
         raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
     return files
@@ -115,7 +157,7 @@ def add_words(model, entries):
         name, path = None, entry
         if "=" in entry and not Path(entry).exists():
             name, path = entry.split("=", 1)
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught:  # of a file that was renamed
             warnings.simplefilter("always")
             words = embeddings.read(path, width=model.text.table.shape[1])
         for warning in caught:
@@ -127,21 +169,26 @@ def add_words(model, entries):
 
 
 def check_prompt(model, prompt, wants_word):
-    """Refuse a prompt without a whole learned word, and say what will be drawn otherwise than meant."""
+    """The learned words of a prompt; ValueError for none where it wants one, or one that is cut off.
+
+    What will be drawn otherwise than meant is said.
+    """
     ids, places = model.tokenizer.encode(prompt), model.tokenizer.length - 2
-    learned = [i for i in ids if i >= model.tokenizer.vocab_size]
-    if wants_word and not learned:
-        known = ", ".join(model.concepts)
-        raise ValueError(f"no learned word stands alone in the prompt {prompt!r}; the words are {known}")
     if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
         raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {prompt!r}")
+    words = [name for name, concept in model.concepts.items() if concept.ids[0] in ids]
+    if wants_word and not words:
+        known = f"the words are {', '.join(model.concepts)}" if model.concepts else "--words loads them"
+        raise ValueError(f"no learned word stands alone in the prompt {prompt!r}; {known}")
     if len(ids) > places:
         cli.say(f"the last {len(ids) - places} tokens of {prompt!r} do not fit and are left out")
     for word in LOOKS_LEARNED.findall(prompt):
         if word not in model.concepts:
             cli.say(f"note: {word!r} is no word that was loaded; --words loads learned words")
-    if spelled := cli.spelled_out(model, prompt):
-        cli.say(f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter")
+    for word in sorted({*re.findall(r"[^\W\d_]{4,}", prompt)} - {*model.concepts}):
+        if 2 < len(model.tokenizer.encode(word)) > len(word) / 2:
+            cli.say(f"note: the model has no word for {word!r}, and reads it letter by letter")
+    return words
 
 
 def save(picture, file, about):

@@ -6,6 +6,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and status 130
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"train.py: interrupted\n") and 130))
 
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -15,21 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tinyti import cli, embeddings
-from tinyti.concept import Concept
+from tinyti import Concept, Inversion, cli, embeddings, invert, make_examples
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, read_templates
-from tinyti.inversion import (
-    BATCH_SIZE,
-    EVALUATE_EVERY,
-    OPTIMIZERS,
-    STEPS,
-    TIMESTEPS,
-    Inversion,
-    diagnose,
-    evaluate,
-    invert,
-    make_examples,
-)
+from tinyti.inversion import BATCH_SIZE, EVALUATE_EVERY, OPTIMIZERS, STEPS, TIMESTEPS, diagnose, evaluate
 from tinyti.run import PREVIEWS, STYLE_PREVIEWS, Run
 
 
@@ -56,7 +45,7 @@ def arguments(argv=None):
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
     add("--lr", type=cli.number(1e-30, 100), help="step per number; by default "
-        + ", ".join(f"{kind.LR:g} for {name}" for name, kind in OPTIMIZERS.items()))  # fmt: skip
+        + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()))  # fmt: skip
     add("--no-early-stop", action="store_true",
         help="take all steps; by default adam ends when its evaluation loss is flat")  # fmt: skip
     add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
@@ -88,8 +77,7 @@ def train(args):
     embeddings.check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if args.batch_size < dist.get_world_size():
-            ranks = dist.get_world_size()
+        if args.batch_size < (ranks := dist.get_world_size()):
             raise ValueError(f"--batch-size {args.batch_size} is less than the {ranks} processes")
     model = cli.load_model(args)
     model.unet.checkpointing = args.gradient_checkpointing
@@ -98,7 +86,7 @@ def train(args):
     templates = STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
     templates = read_templates(args.templates) if args.templates else templates
     photos, passed_over = read_folder(args.images, size)
-    warn(args, model, passed_over)
+    warn(args, passed_over)
 
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
     concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
@@ -107,32 +95,26 @@ def train(args):
     word = Inversion(model, concept, args.optimizer, args.lr)
     run = Run(args, model, word, photos) if cli.is_main_process() else None
     with run or nullcontext(), tqdm(total=args.steps, initial=word.step, unit="step", disable=not run) as bar:
-        if dist.is_initialized():
+        if dist.is_initialized():  # all begin where the first does
             state = [word.state_dict()]
             dist.broadcast_object_list(state)
             word.load_state_dict(state[0])
-        options = {name: getattr(args, name) for name in ("batch_size", "seed", "accumulate")}
+        options = {name: getattr(args, name) for name in ("steps", "batch_size", "seed", "accumulate")}
         early_stop = args.optimizer == "adam" and not args.no_early_stop
-        for _ in invert(
-            model, word, examples, args.steps, span=args.timesteps, early_stop=early_stop, **options
-        ):
+        for _ in invert(model, word, examples, span=args.timesteps, early_stop=early_stop, **options):
             bar.update()
-            is_evaluated = word.step % EVALUATE_EVERY == 0
-            if is_evaluated:
+            if word.step % EVALUATE_EVERY == 0:
                 bar.set_postfix_str(f"evaluation {word.evaluations[0]:.4f}, now {word.evaluations[-1]:.4f}")
-            if is_evaluated and not word.is_finite():
-                break
             if run:
-                run.remember()
-            if run and word.step % args.save_every == 0 and word.is_finite():
-                run.save()
+                run.keep()
         if run and word.is_finite():
             run.save(last=True)
-    status = report(args, model, word, examples, run) if run else 0
-    if run:
-        print(f"{time.time() - began:.0f} s{cli.peak_memory(model.device)}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if not run:
+        return 0
+    status = report(args, model, word, examples, run)
+    print(f"{time.time() - began:.0f} s{cli.peak_memory(model.device)}")
     return status
 
 
@@ -157,7 +139,7 @@ def word_rows(model, text):
     return model.text.table[ids]
 
 
-def warn(args, model, passed_over):
+def warn(args, passed_over):
     """Say what the user should know before the training."""
     if files := [line for line in passed_over if "not a file" not in line]:  # but subfolders
         cli.say(f"passed over {'; '.join(files)}")
@@ -182,7 +164,8 @@ def report(args, model, word, examples, run):
         print("nearest words:", ", ".join(f"{tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest))
         prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
         weights = ["--weights", args.weights] if Path(args.weights).resolve() != cli.TINY else []
-        print("use it:", cli.command("sample.py", prompt, "--words", cli.shown(run.folder), *weights))
+        words = ["python", "sample.py", prompt, "--words", str(cli.shown(run.folder)), *weights]
+        print("use it:", shlex.join(words))
     return 1 if problem else 0
 
 

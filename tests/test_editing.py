@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import tinyti
 from tinyti.data import read_image, to_image, to_tensor
 from tinyti.diffusion import Schedule
-from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, paste, to_mask
+from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, overlay, paste, to_mask
 from tinyti.unet import Transformer
 
 from .conftest import CONCEPTS, TINY, relative_error
@@ -62,16 +62,10 @@ def seeded(seed=0):
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0), ("dpm++", 0.0)])
 def test_from_image_is_diffusers_img2img(model, photo, sampler, eta, strength):
     prompts, seeds = [PROMPT, "a painting of a cat"], (3, 4)
-    wanted = their(StableDiffusionImg2ImgPipeline, sampler)(
-        prompts,
-        image=torch.stack([photo, photo]),
-        strength=strength,
-        num_inference_steps=12,
-        guidance_scale=5.0,
-        eta=eta,
-        generator=[seeded(s) for s in seeds],
-        output_type="pt",
-    ).images
+    options = {"strength": strength, "num_inference_steps": 12, "guidance_scale": 5.0, "eta": eta}
+    options |= {"generator": [seeded(s) for s in seeds], "output_type": "pt"}
+    pipeline = their(StableDiffusionImg2ImgPipeline, sampler)
+    wanted = pipeline(prompts, image=torch.stack([photo, photo]), **options).images
     settings = {"steps": 12, "guidance": 5.0, "sampler": sampler, "eta": eta}
     path = list(from_image(model, prompts, photo, strength, generator=[seeded(s) for s in seeds], **settings))
     assert len(path) == int(12 * strength)
@@ -90,18 +84,10 @@ def test_a_weaker_change_stays_nearer_to_the_picture(model, photo):
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_in_region_is_diffusers_inpainting_with_a_plain_unet(model, photo, sampler):
     """Which at strength 1 begins with pure noise, too; the blended latents are equal, before any paste."""
-    wanted = their(StableDiffusionInpaintPipeline, sampler)(
-        PROMPT,
-        image=photo[None],
-        mask_image=painted(),
-        height=64,
-        width=64,
-        strength=1.0,
-        num_inference_steps=10,
-        guidance_scale=5.0,
-        generator=seeded(),
-        output_type="pt",
-    ).images
+    options = {"height": 64, "width": 64, "strength": 1.0, "num_inference_steps": 10, "guidance_scale": 5.0}
+    options |= {"generator": seeded(), "output_type": "pt"}
+    pipeline = their(StableDiffusionInpaintPipeline, sampler)
+    wanted = pipeline(PROMPT, image=photo[None], mask_image=painted(), **options).images
     settings = {"steps": 10, "guidance": 5.0, "sampler": sampler, "generator": seeded()}
     x_0 = last(in_region(model, PROMPT, photo, to_mask(painted(), 64, feather=2), 1.0, **settings))
     assert wanted.std() > 0.1
@@ -183,7 +169,6 @@ def test_the_picture_returns_from_its_own_noise(model, photo):
 
     usual, exact = (last(ddim_invert(model, prompt, photo, 12, iterations=n)) for n in (1, 4))
     assert usual.shape == (1, 4, 16, 16) and 0.7 < usual.std() < 1.2
-    print(returned(usual), returned(exact), returned(usual, PROMPT))
     assert 30 < returned(usual) < returned(exact) - 10
     assert returned(usual, PROMPT) < returned(usual) - 10
     assert returned(torch.randn(usual.shape, generator=seeded())) < 15
@@ -216,13 +201,8 @@ def test_attention_maps_are_the_probabilities_of_attention(model):
     ids = model.tokenizer(prompts)
     x_t = torch.randn(2, 4, 16, 16, generator=seeded())
     seen = []
-    layers = [layer for layer in model.unet.modules() if isinstance(layer, Transformer)]
-    hooks = [
-        layer.transformer_blocks[0].attn2.register_forward_hook(
-            lambda layer, args, _: seen.append((layer, *args))
-        )
-        for layer in layers
-    ]
+    layers = [m.transformer_blocks[0].attn2 for m in model.unet.modules() if isinstance(m, Transformer)]
+    hooks = [m.register_forward_hook(lambda layer, args, _: seen.append((layer, *args))) for m in layers]
     with attention_maps(model, prompts, "cat", (8, 8)) as heat:
         last(tinyti.sample(model, prompts, steps=1, guidance=3.0, x_T=x_t))
     wanted = []
@@ -255,24 +235,29 @@ def test_attention_to_a_learned_word_is_found_and_changes_no_picture(model):
     assert heat.shape == (1, 64, 64) and heat.min() > 0 and relative_error(of_words, heat) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "act, message",
-    [
-        (lambda m, p: from_image(m, "a cat", p, strength=0.0), "strength is 0.0 of 50 steps"),
-        (lambda m, p: from_image(m, "a cat", p, strength=1.5), "strength is 1.5"),
-        (lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5), "leave a step"),
-        (lambda m, p: from_image(m, "a cat", p[:, :30]), "30×64 pixels; both must be multiples of 4"),
-        (
-            lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)),
-            "mask has 32×64 pixels, the image 64×64",
-        ),
-        (lambda m, p: ddim_invert(m, "a cat", p, steps=2000), "steps is 2000"),
-        (lambda m, p: ddim_invert(m, "a cat", p, iterations=0), "iterations is 0"),
-        (lambda m, p: to_mask(Image.new("L", (9, 9)), 64), "black everywhere; paint"),
-        (lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2), "narrower than 5 pixels"),
-        (lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64), "white everywhere"),
-    ],
-)
+def test_an_overlay_is_red_where_the_heat_is_and_the_picture_where_there_is_least():
+    pictures = torch.rand(2, 3, 4, 4, generator=seeded())
+    heat = torch.zeros(2, 4, 4)
+    heat[0, 1, 2], heat[0, 3, 3] = 0.3, 0.6
+    drawn = overlay(pictures, heat)
+    assert torch.equal(drawn[0, :, 0], pictures[0, :, 0]) and torch.equal(drawn[1], pictures[1])
+    red = torch.tensor([1.0, -1.0, -1.0])
+    torch.testing.assert_close(drawn[0, :, 3, 3], 0.2 * pictures[0, :, 3, 3] + 0.8 * red)
+    torch.testing.assert_close(drawn[0, :, 1, 2], 0.6 * pictures[0, :, 1, 2] + 0.4 * red)
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda m, p: from_image(m, "a cat", p, strength=0.0), "strength is 0.0 of 50 steps"),
+    (lambda m, p: from_image(m, "a cat", p, strength=1.5), "strength is 1.5"),
+    (lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5), "leave a step"),
+    (lambda m, p: from_image(m, "a cat", p[:, :30]), "30×64 pixels; both must be multiples of 4"),
+    (lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)), "mask has 32×64 pixels, the image 64×64"),
+    (lambda m, p: ddim_invert(m, "a cat", p, steps=2000), "steps is 2000"),
+    (lambda m, p: ddim_invert(m, "a cat", p, iterations=0), "iterations is 0"),
+    (lambda m, p: to_mask(Image.new("L", (9, 9)), 64), "black everywhere; paint"),
+    (lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2), "narrower than 5 pixels"),
+    (lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64), "white everywhere"),
+])  # fmt: skip
 def test_bad_requests_are_named(model, photo, act, message):
     with pytest.raises(ValueError, match=message):
         next(act(model, photo))

@@ -156,16 +156,12 @@ def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for place in (
-        "tinyti.whitened.F.normalize",
-        "tinyti.inversion.evaluate",
-        "tinyti.inversion.Inversion.show",
-    ):
+    for place in ("whitened.F.normalize", "inversion.evaluate", "inversion.Inversion.show"):
         word = begin(model)
         with pytest.raises(KeyboardInterrupt):
             for _ in invert(model, word, examples, steps=EVALUATE_EVERY, batch_size=3):
                 if word.step == EVALUATE_EVERY - 1:
-                    monkeypatch.setattr(place, interrupt)
+                    monkeypatch.setattr(f"tinyti.{place}", interrupt)
         monkeypatch.undo()
         rest = learn(model, examples, EVALUATE_EVERY + 1, copy.deepcopy(word.state_dict()))
         assert torch.equal(rest.word, straight.word) and rest.evaluations == straight.evaluations
@@ -215,7 +211,7 @@ def test_an_overflow_of_fp16_costs_a_batch_and_half_of_the_scale(model):
     word.move(gradients * float("inf"), torch.ones(2))
     assert word.scale == 2.0**15 and word.step == 1 and torch.equal(word.word, word.start)
     word.move(gradients, torch.ones(2))
-    assert word.scale == 2.0**15 and word.is_finite is not None and not torch.equal(word.word, word.start)
+    assert word.scale == 2.0**15 and word.word.isfinite().all() and not torch.equal(word.word, word.start)
 
 
 def test_a_word_that_learned_nothing_is_diagnosed(model):
@@ -227,32 +223,6 @@ def test_a_word_that_learned_nothing_is_diagnosed(model):
         word.word, word.evaluations = word.start + moved, evaluations
         found = diagnose(word)
         assert found is None if expected is None else expected in found
-
-
-def test_a_state_that_is_not_whole_is_refused_and_changes_nothing(model, examples):
-    good = learn(model, examples, steps=2).state_dict()
-    word = begin(model)
-    before = copy.deepcopy(word.state_dict())
-    bad = [None, [], {}, {"step": 2}, good | {"more": 1}]
-    bad += [{k: v for k, v in good.items() if k != name} for name in good]
-    for name in good:
-        bad += [
-            good | {name: value} for value in (None, "text", -1, math.nan, torch.ones(2), [math.nan], [[]])
-        ]
-    for name, value in good["optimizer"].items():
-        wrong = (
-            [value.double(), value * math.nan, value[..., :-1], value.to_sparse()]
-            if name != "steps"
-            else ["2"]
-        )
-        bad += [good | {"optimizer": good["optimizer"] | {name: x}} for x in wrong]
-    for state in bad:
-        with pytest.raises(ValueError):
-            word.load_state_dict(copy.deepcopy(state))
-        after = word.state_dict()
-        assert all(torch.equal(after[k], before[k]) for k in ("start", "path", "word")) and after["step"] == 0
-    word.load_state_dict(good)
-    assert word.step == 2
 
 
 @pytest.mark.gpu

@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import sample as sample_py
 from tinyti import embeddings
+from tinyti.data import read_image, to_image, to_tensor
+
+from .conftest import CONCEPTS
 
 pytestmark = pytest.mark.usefixtures("loaded")
 
@@ -74,24 +78,83 @@ def test_long_prompts_have_names_that_fit(word, tmp_path):
     assert draw("S* 猫" + "猫" * 60, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path) == 0
 
 
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def room(tmp_path):
+    """A picture, what is seen of it at 16 pixels, and a mask of half of it in another size."""
+    Image.open(CONCEPTS / "cat" / "01.png").convert("RGB").resize((96, 64)).save(tmp_path / "room.png")
+    mask = Image.new("L", (192, 128))
+    mask.paste(255, (96, 0, 192, 128))
+    mask.save(tmp_path / "mask.png")
+    cropped = to_image(to_tensor(read_image(tmp_path / "room.png"), 16))
+    return tmp_path / "room.png", tmp_path / "mask.png", np.asarray(cropped).astype(int)
+
+
+def test_from_a_picture(word, room, tmp_path):
+    """The less strength, the nearer; the file knows from what it was made."""
+    image, _, cropped = room
+    far = []
+    for strength in ("0.1", "1"):
+        flags = ("--words", word, "--steps", "10", "--count", "1", "--image", image, "--strength", strength)
+        assert draw("S*", *flags, "--out", tmp_path / strength) == 0
+        far.append(abs(pixels(tmp_path / strength / "01-S-0.png") - cropped).mean())
+    assert far[0] < far[1]
+    about = json.loads(Image.open(tmp_path / "1" / "01-S-0.png").text["tinyti"])
+    assert (about["image"], about["strength"]) == ("room.png", 1.0) and "mask" not in about
+
+
+def test_outside_the_mask_every_pixel_is_the_pictures(word, room, tmp_path):
+    image, mask, cropped = room
+    flags = ("--words", word, "--steps", "2", "--count", "2", "--image", image, "--mask", mask)
+    assert draw("S*", *flags, "--sampler", "dpm++", "--out", tmp_path / "out") == 0
+    one, two = (pixels(tmp_path / "out" / f"01-S-{seed}.png") for seed in (0, 1))
+    for drawn in (one, two):
+        assert (drawn[:, :7] == cropped[:, :7]).all() and (drawn[:, 10:] != cropped[:, 10:]).any()
+    assert (one != two).any()
+
+
+def test_attention_shows_every_learned_word_in_every_picture(word, tmp_path):
+    common = ("--words", word, f"D*={word}", "--steps", "1", "--count", "2")
+    assert draw("S* and D*", "S* at night", *common, "--attention", "--out", tmp_path / "a") == 0
+    assert draw("S* and D*", "S* at night", *common, "--out", tmp_path / "b") == 0
+    sheet, plain = pixels(tmp_path / "a" / "attention.png"), pixels(tmp_path / "a" / "grid.png")
+    assert sheet.shape[0] * 2 == plain.shape[0] * 3 and sheet.shape[1] == plain.shape[1]
+    assert (plain == pixels(tmp_path / "b" / "grid.png")).all()
+    reds = (sheet[..., 0] - sheet[..., 1:].max(-1)).reshape(3, -1, *sheet.shape[1:2])  # a row for each word
+    assert all((row > 60).any() for row in reds) and not (tmp_path / "b" / "attention.png").exists()
+    assert draw("S*", *common, "--out", tmp_path / "a") == 2
+
+
 def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
+    flags = ("--words", word, "--steps", "1", "--count", "1")
     for number, (prompt, note) in enumerate([
         ("S* and <my-dog>", "<my-dog>"), ("S* and D*", "D*"), ("S* with a newspaper", "newspaper"),
         ("S* and " + "a cat " * 40, "do not fit"), ("a photo of S* on the beach", None),
     ]):  # fmt: skip
-        assert (
-            draw(prompt, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path / str(number))
-            == 0
-        )
-        notes = [
-            line for line in capsys.readouterr().err.splitlines() if "note:" in line or "do not fit" in line
-        ]
+        assert draw(prompt, *flags, "--out", tmp_path / str(number)) == 0
+        lines = capsys.readouterr().err.splitlines()
+        notes = [line for line in lines if "note:" in line or "do not fit" in line]
         assert len(notes) == (note is not None) and all(note in line for line in notes)
 
 
-def test_sample_refuses(word, tmp_path, capsys):
-    wide = tmp_path / "wide.safetensors"
-    embeddings.write(wide, {"W*": torch.randn(1, 768)})
+def test_a_renamed_file_of_a_word_is_a_line(tmp_path, capsys):
+    embeddings.write(tmp_path / "cat.pt", {"cat": torch.ones(1, 128)})
+    (tmp_path / "cat.pt").rename(tmp_path / "dog.pt")
+    flags = ("--words", tmp_path / "dog.pt", "--steps", "1", "--count", "1", "--out", tmp_path / "out")
+    assert draw("a photo of dog", *flags) == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "note:" in line)
+    assert "cat" in note and "dog" in note
+
+
+def test_sample_refuses(word, room, tmp_path, capsys):
+    embeddings.write(tmp_path / "wide.safetensors", {"W*": torch.randn(1, 768)})
+    image, mask, _ = room
+    for name, size, level in (("tall", (64, 96), 128), ("black", (96, 64), 0), ("white", (96, 64), 255)):
+        Image.new("L", size, level).save(tmp_path / f"{name}.png")
+    masked, wide = ["S*", "--words", word, "--image", image, "--mask"], tmp_path / "wide.safetensors"
     for arguments, message in [
         (["a cat", "--words", word], "no learned word"), (["W*", "--words", wide], "768"),
         (["a cat " * 40 + "S*", "--words", word], "behind"), (["S*", "--words", "no/such"], "no/such"),
@@ -99,6 +162,13 @@ def test_sample_refuses(word, tmp_path, capsys):
         (["S*", "--count", "0"], "--count"), (["S*", "--words", word, word], "registered already"),
         (["S*", "--guidance", "nan"], "--guidance"), (["S*", "--guidance", "1e30"], "--guidance"),
         (["", "--words", word], "PROMPT"), (["S*", "--words", f"={word}"], "empty"),
+        (["a cat", "--attention"], "--words loads them"), (["S*", "--mask", mask], "--image"),
+        ([*masked, tmp_path / "tall.png"], "same ratio"), ([*masked, "no.png"], "no.png: no such file"),
+        ([*masked, tmp_path / "black.png"], "black"), ([*masked, tmp_path / "white.png"], "white"),
+        ([*masked, mask, "--strength", "1.1"], "1.1"), ([*masked, mask, "--strength", "nan"], "nan"),
+        ([*masked, mask, "--strength", "0.01"], "leave a step"),
+        ([*masked, mask, "--size", "16", "32"], "square"), (["a cat", "--image", word], "not a file"),
+        (["a cat", "--image", "no.png"], "no such file"), (["a cat", "--image", wide], "not a picture"),
     ]:  # fmt: skip
         size = [] if "--size" in arguments else ["--size", "16"]
         out = tmp_path / "out"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyti.whitened import EVERY, FLOOR, Adam, Whitened, inverse_root
+from tinyti.whitened import EVERY, FLOOR, adam, inverse_root, whitened
 
 B, n, D = 4, 2, 6
 
@@ -20,14 +20,19 @@ def gradients(H, c, v):
     return torch.from_numpy((v.numpy() - c) @ H)
 
 
+def walk(optimizer, v, H, c, steps, memory=None, **settings):
+    """The vectors after each step, and what the optimizer remembers after the last."""
+    path, memory = [], memory or {}
+    for _ in range(steps):
+        v, memory = optimizer(v, gradients(H, c, v), memory, **settings)
+        path.append(v)
+    return path, memory
+
+
 def test_the_path_on_a_quadratic_is_the_formulas():
     """Written out once more with numpy in float64, a vector at a time, the root by another decomposition."""
     H, c = quadratic()
-    start = torch.zeros(n, D, dtype=torch.float64)
-    optimizer, v, path = Whitened(start, lr=0.05, cap=1.1), start, []
-    for _ in range(23):
-        v = optimizer.step(v, gradients(H, c, v))
-        path.append(v)
+    path, _ = walk(whitened, torch.zeros(n, D, dtype=torch.float64), H, c, 23, lr=0.05, cap=1.1)
     assert (path[-1].norm(dim=-1) == pytest.approx(1.1)) and (path[0].norm(dim=-1) < 1.1).all()
 
     for i in range(n):
@@ -48,18 +53,16 @@ def test_the_path_on_a_quadratic_is_the_formulas():
 def test_the_first_step_of_a_sample_is_along_its_gradient():
     """M = g gᵀ has g for its only axis, so that the whitened direction is g's: closed form."""
     g = torch.randn(1, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    v = Whitened(g[0], lr=0.01).step(torch.zeros(1, D, dtype=torch.float64), g)
+    v, _ = whitened(torch.zeros(1, D, dtype=torch.float64), g, {}, lr=0.01)
     torch.testing.assert_close(v, -0.01 * D**0.5 * g[0] / g.norm(), rtol=1e-9, atol=0)
 
 
 def test_adam_is_torchs():
     H, c = quadratic()
-    start = torch.ones(n, D, dtype=torch.float64)
-    ours, v = Adam(start, lr=0.02), start
-    theirs = torch.nn.Parameter(start.clone())
+    theirs = torch.nn.Parameter(torch.ones(n, D, dtype=torch.float64))
     optimizer = torch.optim.Adam([theirs], lr=0.02)
-    for _ in range(20):
-        v = ours.step(v, gradients(H, c, v))
+    path, _ = walk(adam, torch.ones(n, D, dtype=torch.float64), H, c, 20, lr=0.02)
+    for v in path:
         theirs.grad = gradients(H, c, theirs.detach()).mean(0)
         optimizer.step()
         torch.testing.assert_close(v, theirs.detach(), rtol=1e-7, atol=1e-9)
@@ -69,36 +72,28 @@ def test_whitened_steps_need_far_fewer_than_adam_where_the_axes_are_mixed():
     H, c = quadratic()
     best = torch.from_numpy(c.mean(0))
     left = {}
-    for kind, lr in ((Whitened, 0.05), (Adam, 0.05)):
-        v = torch.zeros(n, D, dtype=torch.float64)
-        optimizer = kind(v, lr=lr)
-        for _ in range(40):
-            v = optimizer.step(v, gradients(H, c, v))
-        left[kind] = (((v - best).numpy() @ H) * (v - best).numpy()).sum()
-    assert left[Whitened] < 0.5 * left[Adam]
+    for optimizer in (whitened, adam):
+        path, _ = walk(optimizer, torch.zeros(n, D, dtype=torch.float64), H, c, 40, lr=0.05)
+        rest = (path[-1] - best).numpy()
+        left[optimizer] = ((rest @ H) * rest).sum()
+    assert left[whitened] < 0.5 * left[adam]
 
 
-@pytest.mark.parametrize("kind", [Whitened, Adam])
-def test_nothing_is_changed_in_place_and_a_state_goes_on(kind):
+@pytest.mark.parametrize("optimizer", [whitened, adam])
+def test_nothing_is_changed_in_place_and_a_memory_goes_on(optimizer):
     H, c = quadratic()
-    v = torch.zeros(n, D, dtype=torch.float64)
-    optimizer = kind(v)
-    for _ in range(3):
-        v = optimizer.step(v, gradients(H, c, v))
-    state, here = optimizer.state_dict(), v.clone()
-    kept = {k: x.clone() for k, x in state.items() if torch.is_tensor(x)}
-    other, w = kind(here), here
-    other.load_state_dict(state)
-    for _ in range(4):
-        v, w = optimizer.step(v, gradients(H, c, v)), other.step(w, gradients(H, c, w))
-        assert torch.equal(v, w)
-    assert all(torch.equal(state[k], x) for k, x in kept.items()) and not torch.equal(v, here)
+    path, memory = walk(optimizer, torch.zeros(n, D, dtype=torch.float64), H, c, 3, lr=0.01)
+    kept, here = {k: x.clone() for k, x in memory.items() if torch.is_tensor(x)}, path[-1].clone()
+    rest, _ = walk(optimizer, path[-1], H, c, 4, memory, lr=0.01)
+    whole, _ = walk(optimizer, torch.zeros(n, D, dtype=torch.float64), H, c, 7, lr=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(whole, path + rest, strict=True))
+    assert all(torch.equal(memory[k], x) for k, x in kept.items()) and torch.equal(path[-1], here)
 
 
 def test_gradients_that_are_zero_or_no_numbers():
     v = torch.ones(1, D)
-    assert torch.equal(Whitened(v).step(v, torch.zeros(B, 1, D)), v)
-    assert Whitened(v).step(v, torch.full((B, 1, D), float("nan"))).isnan().all()
+    assert torch.equal(whitened(v, torch.zeros(B, 1, D), {}, lr=0.01)[0], v)
+    assert whitened(v, torch.full((B, 1, D), float("nan")), {}, lr=0.01)[0].isnan().all()
 
 
 def test_inverse_root():

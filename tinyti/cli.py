@@ -4,11 +4,8 @@ import argparse
 import io
 import math
 import os
-import re
-import shlex
 import signal
 import sys
-import threading
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -39,34 +36,25 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an argument: a whole number from `low` to `high`."""
-
-    def convert(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {low} to {high}")
-        return value
-
-    return convert
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
+def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """The type of an argument: a finite number from `low` to `high`."""
 
     def convert(text):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from {low:g} to {high:g}")
+            a = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {a} from {low} to {high}")
         return value
 
     return convert
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `low` to `high`."""
+    return number(low, high, int)
 
 
 def text(given: str) -> str:
@@ -104,18 +92,6 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
     """The model that the flags name, on its device."""
     device, dtype = pick_device(args.device, args.precision)
     return load(args.weights, device, dtype, args.prediction, args.tokenizer)
-
-
-def spelled_out(model: LatentDiffusion, prompt: str) -> list[str]:
-    """The words of a prompt that the model's vocabulary has no better way to write than letter by letter."""
-    words = re.findall(r"[^\W\d_]{4,}", prompt)
-    lengths = {word: len(model.tokenizer.encode(word)) for word in words if word not in model.concepts}
-    return [word for word, length in lengths.items() if length > 2 and 2 * length > len(word)]
-
-
-def command(program: str, *words: str | Path) -> str:
-    """A command line for the user to copy."""
-    return shlex.join(["python", program, *map(str, words)])
 
 
 def shown(path: str | Path) -> Path:
@@ -159,8 +135,7 @@ def run(program: str, function: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run
             stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function()
     except KeyboardInterrupt as interrupt:

@@ -14,11 +14,9 @@ class Concept(nn.Module):
     def __init__(self, name: str, vectors: Tensor, ids: list[int]):
         super().__init__()
         ids = [int(id) for id in ids]
-        shape = tuple(vectors.shape)
-        if not ids or vectors.ndim != 2 or shape[0] != len(ids):
-            raise ValueError(f"{name!r}: expected n ids and vectors of shape (n, D), got {ids} and {shape}")
-        if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise ValueError(f"{name!r}: expected consecutive ids, got {ids}")
+        if not ids or vectors.ndim != 2 or ids != list(range(ids[0], ids[0] + len(vectors))):
+            found = f"{tuple(vectors.shape)} and {ids}"
+            raise ValueError(f"{name!r}: expected vectors of shape (n, D), n consecutive ids, got {found}")
         self.name = name
         self.ids = ids
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
@@ -31,16 +29,18 @@ class Concept(nn.Module):
         vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
         two start equal.  Raises ValueError without rows.
         """
-        m = len(rows)
+        m, rows = len(rows), rows.detach().float()
         if m == 0:
             raise ValueError("expected at least one vocabulary row to start from")
-        first = [i * m // n for i in range(n + 1)]
-        shares = [rows[first[i] : max(first[i] + 1, first[i + 1])] for i in range(n)]
-        vectors = torch.stack([share.detach().float().mean(dim=0) for share in shares])  # (n, D)
-        repeats = torch.tensor([first[i] in first[:i] for i in range(n)], device=rows.device)
+        if m >= n:
+            shares = rows.tensor_split([i * m // n for i in range(1, n)])
+            return torch.stack([share.mean(dim=0) for share in shares])  # (n, D)
+        row = torch.arange(n, device=rows.device) * m // n  # of each vector
+        vectors = rows[row]
         noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
         noise = 0.1 * vectors.norm(dim=-1, keepdim=True) * F.normalize(noise, dim=-1)
-        return torch.where(repeats[:, None], vectors + noise, vectors)
+        is_repeated = torch.cat([row[:1] < 0, row[1:] == row[:-1]])
+        return torch.where(is_repeated[:, None], vectors + noise, vectors)
 
     def insert(self, embeds: Tensor, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).

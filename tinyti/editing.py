@@ -29,7 +29,7 @@ def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, 
     ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
     """
     prompts, images = _batch(model, prompts, image)
-    start = _start(steps, strength)
+    start = skipped(steps, strength)
     t = model.schedule.timesteps(steps, sampler)[start]
     x_0 = model.encode_images(images, generator).float()
     x_t = model.schedule.add_noise(x_0, randn(x_0.shape, generator, x_0), t)
@@ -54,7 +54,7 @@ def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, m
     if mask.shape[-2:] != images.shape[-2:]:
         found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, images))
         raise ValueError(f"the mask has {found} pixels, the image {expected}; make the mask by to_mask")
-    start = _start(steps, strength)
+    start = skipped(steps, strength)
     x_0 = model.encode_images(images, generator).float()
     eps = randn(x_0.shape, generator, x_0)
     inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
@@ -64,6 +64,15 @@ def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, m
     for t, x in zip([*ts[start + 1 :], None], walk):
         outside = x_0 if t is None else model.schedule.add_noise(x_0, eps, t)
         yield x.copy_(torch.where(inside, x, outside))  # in place: from here the walk goes on
+
+
+def skipped(steps: int, strength: float) -> int:
+    """How many of the steps are left out at a strength; ValueError if it is not in 0 … 1, or all are."""
+    taken = int(steps * strength) if 0 <= strength <= 1 else 0
+    if taken < 1:
+        limits = "it must be at most 1 and leave a step to take"
+        raise ValueError(f"strength is {strength} of {steps} steps; {limits}")
+    return steps - taken
 
 
 def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
@@ -140,10 +149,8 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
 
     def record(attention, args, output):
         x, context = (part[-len(prompts) :] for part in args)  # under guidance the prompts' half
-        q, k = (
-            h.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
-            for h in (attention.to_q(x), attention.to_k(context))
-        )
+        q, k = attention.to_q(x), attention.to_k(context)
+        q, k = (h.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float() for h in (q, k))
         probabilities = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, HW, T)
         of_word = (probabilities * at_word[:, None, None]).sum(dim=-1).unflatten(-1, shapes[-1])
         heat.add_(F.interpolate(of_word, heat.shape[1:], mode="bilinear").mean(dim=1))
@@ -160,6 +167,14 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
     heat.div_(max(1, len(shapes)))
 
 
+def overlay(pictures: Tensor, heat: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W), the redder the more heat (B, H, W), from the least to the most in each."""
+    least, most = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+    share = ((heat - least) / (most - least).clamp(min=1e-12))[:, None].to(pictures)  # (B, 1, H, W)
+    red = pictures.new_tensor([1.0, -1.0, -1.0])[:, None, None]
+    return pictures + 0.8 * share * (red - pictures)
+
+
 def _batch(model, prompts, image):
     """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -168,13 +183,3 @@ def _batch(model, prompts, image):
     if height % factor or width % factor:
         raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
     return prompts, image.expand(len(prompts), *image.shape[-3:])
-
-
-def _start(steps, strength):
-    """How many of the steps are skipped."""
-    taken = int(steps * strength) if 0 <= strength <= 1 else 0
-    if taken < 1:
-        raise ValueError(
-            f"strength is {strength} of {steps} steps; it must be at most 1 and leave a step to take"
-        )
-    return steps - taken

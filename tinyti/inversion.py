@@ -2,11 +2,13 @@
 model predicts the noise in pictures of a thing from prompts that name it.  Equation 2 of the paper:
 
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
-"""
 
-import copy
+Equal runs on one machine are equal to the bit, but for single samples of 16 pixels on several CPU threads."""
+
 import math
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,10 @@ from .concept import Concept
 from .data import Photo, prompt
 from .diffusion import randn
 from .model import LatentDiffusion
-from .whitened import Adam, Whitened
+from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
-OPTIMIZERS = {"whitened": Whitened, "adam": Adam}
+OPTIMIZERS = {"whitened": (whitened, 1e-2), "adam": (adam, 5e-3)}  # and their learning rates
 AVERAGE = 50  # steps that the word is an average over
 EVALUATE_EVERY = 5  # steps
 EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
@@ -61,31 +63,32 @@ class Inversion:
     def __init__(
         self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
     ):
-        kind = OPTIMIZERS[optimizer]
-        cap = {"cap": CAP * model.text.table.float().norm(dim=-1).median().item()} if kind is Whitened else {}
+        function, default = OPTIMIZERS[optimizer]
+        settings = {"lr": lr or default}
+        if function is whitened:
+            settings["cap"] = CAP * model.text.table.float().norm(dim=-1).median().item()
+        self.optimizer = partial(function, **settings)
         self.concept = concept
         self.start = self.path = self.word = concept.vectors.detach().clone()
-        self.optimizer = kind(self.path, lr=lr or kind.LR, **cap)
+        self.memory = {}  # the optimizer's
         self.step = 0
+        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0  # of the loss: gradients underflow
         self.evaluations: list[float] = []
         self.log: list[Tensor] = []
-        # Of the loss, so that its gradients do not underflow in fp16.
-        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0
 
     def move(self, gradients: Tensor, losses: Tensor) -> None:
         """One step, along the gradients (B, n, D) of a batch's losses (B,)."""
-        change = {"step": self.step + 1}
-        if self.scale > 1 and not gradients.isfinite().all():  # fp16 overflowed: this batch is lost
-            change["scale"] = self.scale / 2
+        path, word, memory, scale = self.path, self.word, self.memory, self.scale
+        if scale > 1 and not gradients.isfinite().all():  # fp16 overflowed: this batch is lost
+            scale = scale / 2
         else:
-            optimizer = copy.copy(self.optimizer)
-            path = optimizer.step(self.path, gradients)
-            word = self.word.lerp(path, max(2 / (self.step + 2), 1 / AVERAGE))
-            change |= {"optimizer": optimizer, "path": path, "word": word}
+            path, memory = self.optimizer(path, gradients, memory)
+            word = word.lerp(path, max(2 / (self.step + 2), 1 / AVERAGE))
         # nan_to_num, for an overflow of fp16 is no fault of the state.
-        norms = gradients.mean(dim=0).norm().nan_to_num(), change.get("word", self.word).norm(dim=-1).mean()
-        self.log[self.step :] = [torch.stack([losses.mean().nan_to_num(), *norms])]
-        self.__dict__.update(change)  # at once: Ctrl-C finds the state before the step or after it
+        loss, gradient = losses.mean().nan_to_num(), gradients.mean(dim=0).norm().nan_to_num()
+        self.log[self.step :] = [torch.stack([loss, gradient, word.norm(dim=-1).mean()])]
+        # At once: Ctrl-C finds the state before the step or after it.
+        self.__dict__.update(path=path, word=word, memory=memory, scale=scale, step=self.step + 1)
         self.show(self.word)
 
     @torch.no_grad()
@@ -99,60 +102,16 @@ class Inversion:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to go on exactly from here, on the CPU."""
-        names = ("start", "path", "word", "step", "scale")
+        names = ("start", "path", "word", "memory", "scale", "step")
         log = torch.stack(self.log[: self.step]) if self.step else self.start.new_zeros(0, 3)
-        lists = {"evaluations": list(self.evaluations), "log": log, "optimizer": self.optimizer.state_dict()}
-        return _to({name: getattr(self, name) for name in names} | lists, torch.device("cpu"))
+        state = {name: getattr(self, name) for name in names} | {"log": log}
+        return _to(state | {"evaluations": list(self.evaluations)}, "cpu")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
-
-        ValueError, and nothing is changed, if it is not the whole state of a run with the same settings.
-        """
-        step = state.get("step") if isinstance(state, dict) else None
-        if type(step) is not int or not 0 <= step <= 10**6:
-            raise ValueError("the state of the word has no step")
-        like = self.state_dict()
-        due = step // EVALUATE_EVERY + 1  # evaluations
-        found = state.get("evaluations")
-        if step % EVALUATE_EVERY == 0 and isinstance(found, list) and len(found) == due - 1:
-            due -= 1  # Ctrl-C came before the last of them
-        like |= {"step": step, "log": torch.zeros(step, 3), "evaluations": [0.0] * due}
-        if fault := find_fault(state, like, "the state of the word"):
-            raise ValueError(fault)
+        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
         state = _to(state, self.start.device)
-        self.optimizer.load_state_dict(state.pop("optimizer"))
         self.__dict__.update(state | {name: list(state[name]) for name in ("evaluations", "log")})
         self.show(self.word)
-
-
-def find_fault(found: Any, like: Any, name: str) -> str | None:
-    """Where a value has not the types, keys and shapes of another, or is not finite; None if nowhere."""
-    if type(found) is not type(like):
-        return f"{name} is a {type(found).__name__}, expected a {type(like).__name__}"
-    if isinstance(like, dict):
-        if found.keys() != like.keys():
-            return f"{name} has other entries than {', '.join(map(str, like))}"
-        faults = [find_fault(found[key], like[key], f"{name}: {key}") for key in like]
-    elif isinstance(like, list):
-        if len(found) != len(like):
-            return f"{name} has {len(found)} entries, expected {len(like)}"
-        faults = [find_fault(a, b, name) for a, b in zip(found, like)]
-    elif isinstance(like, Tensor):
-        kinds = [(x.layout, x.dtype, x.device, tuple(x.shape)) for x in (found, like)]
-        if kinds[0] != kinds[1]:
-            return f"{name} is a tensor of {kinds[0]}, expected {kinds[1]}"
-        faults = [] if found.isfinite().all() else [f"{name} has numbers that are not finite"]
-    else:
-        faults = [f"{name} is {found}"] if isinstance(found, float) and not math.isfinite(found) else []
-    return next(filter(None, faults), None)
-
-
-def _to(state, device):
-    """A copy of a state, with its tensors on a device."""
-    if isinstance(state, dict):
-        return {key: _to(value, device) for key, value in state.items()}
-    return state.to(device) if isinstance(state, Tensor) else state
 
 
 def invert(
@@ -164,39 +123,33 @@ def invert(
 
     batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
     its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  early_stop: end where
-    `converged`.  The draws of a step depend on `seed` and its number alone, so that a run which is resumed
-    (Inversion.load_state_dict) or distributed walks the same path.
+    `converged`; where the evaluation is no number it ends in any case.  The draws of a step depend on `seed`
+    and its number alone, so that a run which is resumed (Inversion.load_state_dict) or distributed walks the
+    same path.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = ranks * accumulate
-    _evaluate_if_due(model, word, examples, seed, span)
-    while word.step < steps and not (early_stop and converged(word.evaluations)):
+    bounds = [batch_size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
+    bounds = bounds[rank * accumulate : (rank + 1) * accumulate + 1]  # of this process's parts of the batch
+    evaluate_if_due(model, word, examples, seed, span)
+    while word.step < steps and math.isfinite(word.evaluations[-1]):
+        if early_stop and converged(word.evaluations):
+            break
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
         vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # a copy for each sample
         values = x_0.new_zeros(batch_size)
-        for i in range(rank * accumulate, (rank + 1) * accumulate):
-            part = slice(batch_size * i // parts, batch_size * (i + 1) // parts)
-            if part.start < part.stop:
-                own = {word.concept.name: vectors[part]}
-                loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
-                (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
-                values[part] = loss.detach()
+        for part in (slice(a, b) for a, b in pairwise(bounds) if a < b):
+            own = {word.concept.name: vectors[part]}
+            loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
+            (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
+            values[part] = loss.detach()
         if ranks > 1:  # the rows of the others are zero
             dist.all_reduce(vectors.grad)
             dist.all_reduce(values)
         word.move(vectors.grad / word.scale, values)
-        _evaluate_if_due(model, word, examples, seed, span)
+        evaluate_if_due(model, word, examples, seed, span)
         yield word
-
-
-def _evaluate_if_due(model, word, examples, seed, span):
-    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
-        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
-        if dist.is_initialized():  # so that all agree when to end, down to the rounding
-            dist.broadcast(value, 0)
-        word.evaluations.append(value.item())
 
 
 def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -210,11 +163,6 @@ def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, T
     which = send(i * flips + j, examples.mean.device)
     mean, std = (part.flatten(0, 1)[which] for part in examples[:2])
     return mean + std * z, eps, u, [examples.prompts[a][b] for a, b in zip(i.tolist(), k.tolist())]
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) -> Tensor:
@@ -250,21 +198,40 @@ def evaluate(
     return losses(model, x_0, eps, t, prompts).mean().item()
 
 
+def evaluate_if_due(model: LatentDiffusion, word: Inversion, examples: Examples, seed: int, span) -> None:
+    """Evaluate the word where its step is a multiple of EVALUATE_EVERY, but once."""
+    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
+        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+        if dist.is_initialized():  # so that all agree when to end, down to the rounding
+            dist.broadcast(value, 0)
+        word.evaluations.append(value.item())
+
+
 def converged(evaluations: list[float], window: int = 24, ratio: float = 0.05) -> bool:
     """Whether the last evaluations vary little against all of them (DVAR, 2302.04841)."""
-    if len(evaluations) < 2 * window:
-        return False
     history = torch.tensor(evaluations, dtype=torch.float64)
-    return bool(history[-window:].var() < ratio**2 * history.var())
+    return len(history) >= 2 * window and bool(history[-window:].var() < ratio**2 * history.var())
 
 
 def diagnose(word: Inversion) -> str | None:
     """Why the word is not to be trusted, in a line; None if it has learned something."""
     first, last = word.evaluations[0], word.evaluations[-1]
-    if not word.word.isfinite().all() or last != last:
+    if not word.is_finite():
         return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
     if torch.equal(word.word, word.start):
         return "the vector has not moved: its gradient was zero"
     if last >= first:
         return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
     return None
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def _to(state: Any, device: str | torch.device) -> Any:
+    """A copy of a state, with its tensors on a device."""
+    if isinstance(state, dict):
+        return {key: _to(value, device) for key, value in state.items()}
+    return state.to(device) if isinstance(state, Tensor) else state

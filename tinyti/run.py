@@ -2,12 +2,12 @@
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
 import pickle
 import re
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import cli, embeddings
 from .data import Photo, grid, to_image
-from .inversion import EVALUATE_EVERY, Inversion, find_fault
+from .inversion import EVALUATE_EVERY, Inversion
 from .model import LatentDiffusion, sample
 
+FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
 PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the snow",
             "a painting of {}", "a sketch of {}")  # fmt: skip
@@ -79,19 +80,23 @@ class Run:
             with suppress(OSError):
                 self.folder.rmdir()  # if nothing has been written
 
-    def remember(self) -> None:
-        """Keep the vectors of the steps that pictures are shown of."""
-        if self.word.step in PREVIEW_STEPS:
-            self.previews[self.word.step] = self.word.word
+    def keep(self) -> None:
+        """After each step: remember what is to be shown of it, and save every so often."""
+        self._remember()
+        if self.word.step % self.args.save_every == 0 and self.word.is_finite():
+            self.save()
 
     def save(self, last: bool = False, draw: bool = True) -> None:
         """Write everything that the folder holds: the state first."""
-        self.remember()
+        self._remember()
         previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
         state = {"settings": self.settings, "previews": previews, "word": self.word.state_dict()}
-        with embeddings.atomic_write(self.folder / "state.pt") as file:
-            torch.save(state, file)
+        write_state(self.folder / "state.pt", state)
         self.show(last, draw)
+
+    def _remember(self):
+        if self.word.step in PREVIEW_STEPS:
+            self.previews[self.word.step] = self.word.word
 
     def show(self, last: bool = False, draw: bool = True) -> None:
         """Write the files that show the state."""
@@ -102,7 +107,8 @@ class Run:
             lines = csv.writer(text := io.StringIO())
             lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
             evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
-            for step, (loss, gradient, norm) in enumerate(torch.stack(self.word.log).tolist(), 1):
+            rows = torch.stack(self.word.log[: self.word.step]).tolist()
+            for step, (loss, gradient, norm) in enumerate(rows, 1):
                 lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
             file.write(text.getvalue().encode())
         if not draw:
@@ -129,36 +135,35 @@ class Run:
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
 
     def _resume(self):
-        """Take up the state of the folder, after checking it as a whole; nothing is changed if it is bad."""
+        """Take up the state of the folder."""
         file = self.folder / "state.pt"
         if not file.is_file():
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
         state = read_state(file)
-        before = state.get("settings") if isinstance(state, dict) else None
-        if not isinstance(before, dict) or state.keys() != {"settings", "previews", "word"}:
-            raise ValueError(f"--resume: {file} has not the entries of a run; start again with --force")
-        if repr(before) != repr(self.settings):
-            pairs = [(name, repr(before.get(name)), repr(value)) for name, value in self.settings.items()]
-            other = "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b)
-            other = other or f"it has {len(before)} of them"
+        pairs = [(name, repr(state["settings"].get(name)), repr(now)) for name, now in self.settings.items()]
+        if other := "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b):
             raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
-        try:
-            self.word.load_state_dict(state["word"])
-            steps = [step for step in PREVIEW_STEPS if step <= self.word.step]
-            if fault := find_fault(state["previews"], dict.fromkeys(steps, state["word"]["start"]), "rows"):
-                raise ValueError(fault)
-        except ValueError as error:
-            raise ValueError(f"--resume: {file} is damaged ({error}); start again with --force") from None
+        self.word.load_state_dict(state["word"])
         self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
 
 
-def read_state(file: Path):
-    """What torch.save wrote into a file, its checksums compared; ValueError for anything else."""
+def write_state(file: Path, state: dict) -> None:
+    """Write what torch.load reads, and behind it the digest by which `read_state` knows it again."""
+    with embeddings.atomic_write(file) as stream:
+        torch.save(state, stream)
+        stream.write(_digest(stream.getvalue()))
+
+
+def read_state(file: Path) -> dict:
+    """What `write_state` wrote, on the CPU; ValueError for any other bytes, of which no code is run."""
+    data = file.read_bytes()
     try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is None:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, *embeddings.DAMAGED) as error:
-        damaged = str(error)
-    raise ValueError(f"--resume: {file} is damaged ({damaged:.100}); start again with --force")
+        if data[-32:] == _digest(data[:-32]):
+            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        pass
+    raise ValueError(f"--resume: {file} is damaged, or of another version; start again with --force")
+
+
+def _digest(data):
+    return hashlib.sha256(FORMAT + data).digest()

@@ -1,9 +1,9 @@
 """The optimizers of a word: whitened steps, which only something as small as a word can afford, and Adam.
 
-Both take the gradient of every sample of the batch by itself, (B, n, D), and change no tensor in place."""
+Each is a function of the vectors (n, D), of the gradient of every sample of a batch there, (B, n, D), and of
+its memory, {} at first.  It returns the next vectors and the next memory, and changes nothing in place."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,12 @@ from torch import Tensor
 EVERY = 5  # steps from one eigendecomposition to the next; a fresh one every step learns no better
 FLOOR = 1e-3  # of the largest eigenvalue: how much the directions that no gradient has shown yet may weigh
 
+Memory = dict[str, int | Tensor]
 
-class Whitened:
-    """Steps of one length along the momentum, whitened by the full second moment of the gradients.
+
+def whitened(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float,
+             cap: float = math.inf) -> tuple[Tensor, Memory]:  # fmt: skip
+    """A step along the momentum, whitened by the full second moment of the gradients.
 
     Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, M (D, D) being the
     sum of all g gᵀ so far.  A network has too many parameters for that; a vector has 128 … 1280.  M^(-1/2)
@@ -30,65 +33,26 @@ class Whitened:
     B after the first step.  `cap` is the longest that a vector may become: without it vectors grow with each
     step, and the longer they are, the less do the other words of a prompt count.
     """
-
-    LR = 1e-2
-
-    def __init__(self, vectors: Tensor, lr: float = LR, cap: float = math.inf):
-        n, D = vectors.shape
-        self.lr, self.cap = lr, cap
-        self.steps = 0
-        self.momentum = torch.zeros_like(vectors)
-        self.moment = vectors.new_zeros(n, D, D)
-        self.root = vectors.new_zeros(n, D, D)  # moment^(-1/2), from the last eigendecomposition
-
-    def step(self, vectors: Tensor, gradients: Tensor) -> Tensor:
-        """The next vectors (n, D), from these and the gradients (B, n, D) of the samples there."""
-        g = gradients.transpose(0, 1)  # (n, B, D)
-        self.steps += 1
-        self.moment = self.moment + g.mT @ g / g.shape[1]
-        self.momentum = 0.9 * self.momentum + 0.1 * g.mean(dim=1)
-        if self.steps == 1 or self.steps % EVERY == 0:
-            self.root = inverse_root(self.moment)
-        direction = F.normalize((self.root @ self.momentum[..., None])[..., 0], dim=-1)
-        vectors = vectors - self.lr * vectors.shape[1] ** 0.5 * direction
-        return vectors * (self.cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All but the settings."""
-        return {name: getattr(self, name) for name in ("steps", "momentum", "moment", "root")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.__dict__.update(state)
+    g = gradients.transpose(0, 1)  # (n, B, D)
+    step = memory.get("step", 0) + 1
+    moment = memory.get("moment", 0) + g.mT @ g / g.shape[1]  # M of each vector, (n, D, D)
+    momentum = 0.9 * memory.get("momentum", 0) + 0.1 * g.mean(dim=1)
+    root = inverse_root(moment) if step == 1 or step % EVERY == 0 else memory["root"]
+    direction = F.normalize((root @ momentum[..., None])[..., 0], dim=-1)
+    vectors = vectors - lr * vectors.shape[1] ** 0.5 * direction
+    vectors = vectors * (cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
+    return vectors, {"step": step, "moment": moment, "momentum": momentum, "root": root}
 
 
-class Adam:
-    """Adam (Kingma and Ba, 1412.6980) on the mean of the samples' gradients: the paper's way."""
-
-    LR = 5e-3
-
-    def __init__(self, vectors: Tensor, lr: float = LR):
-        self.lr = lr
-        self.steps = 0
-        self.momentum = torch.zeros_like(vectors)
-        self.moment = torch.zeros_like(vectors)
-
-    def step(self, vectors: Tensor, gradients: Tensor) -> Tensor:
-        """The next vectors (n, D), from these and the gradients (B, n, D) of the samples there."""
-        g = gradients.mean(dim=0)
-        self.steps += 1
-        self.momentum = 0.9 * self.momentum + 0.1 * g
-        self.moment = 0.999 * self.moment + 0.001 * g.square()
-        mean, square = self.momentum / (1 - 0.9**self.steps), self.moment / (1 - 0.999**self.steps)
-        return vectors - self.lr * mean / (square.sqrt() + 1e-8)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All but the settings."""
-        return {name: getattr(self, name) for name in ("steps", "momentum", "moment")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.__dict__.update(state)
+def adam(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float) -> tuple[Tensor, Memory]:
+    """A step of Adam (Kingma and Ba, 1412.6980) on the mean of the samples' gradients: the paper's way."""
+    g = gradients.mean(dim=0)
+    step = memory.get("step", 0) + 1
+    momentum = 0.9 * memory.get("momentum", 0) + 0.1 * g
+    moment = 0.999 * memory.get("moment", 0) + 0.001 * g.square()
+    mean, square = momentum / (1 - 0.9**step), moment / (1 - 0.999**step)
+    vectors = vectors - lr * mean / (square.sqrt() + 1e-8)
+    return vectors, {"step": step, "moment": moment, "momentum": momentum}
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
