@@ -101,7 +101,7 @@ class Theirs:
         self.table = table.weight
         start_id = self.tokenizer(start, add_special_tokens=False).input_ids[0] if start else 0
         with torch.no_grad():
-            self.table[self.ids] = self.table[start_id]
+            self.table[self.ids] = self.table[start_id].clone()
         self.before = self.table.detach().clone()
         self.frozen = torch.ones(len(self.table), dtype=torch.bool, device=self.device)
         self.frozen[self.ids] = False
