@@ -101,7 +101,7 @@ class Theirs:
         self.table = table.weight
         start_id = self.tokenizer(start, add_special_tokens=False).input_ids[0] if start else 0
         with torch.no_grad():
-            self.table[self.ids] = self.table[start_id]
+            self.table[self.ids] = self.table[start_id].clone()
         self.before = self.table.detach().clone()
         self.frozen = torch.ones(len(self.table), dtype=torch.bool, device=self.device)
         self.frozen[self.ids] = False
@@ -156,9 +156,13 @@ def clock(step, count, device):
 
 def operations(step):
     """Floating-point operations of a step: matrix products, convolutions and attention, forward and back."""
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, flop_counter.sdpa_flop
-    cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = dict([cpu, (cpu_backward, flop_counter.sdpa_backward_flop)])  # else attention counts as nothing
+    count, back = flop_counter.sdpa_flop_count, flop_counter.sdpa_backward_flop_count
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = {  # else the CPU's attention counts as nothing
+        attention: lambda q, k, v, *_, **__: count(q, k, v),
+        backward: lambda g, q, k, v, *_, **__: back(g, q, k, v),
+    }
     with flop_counter.FlopCounterMode(display=False, custom_mapping=known) as counter:
         step()
     return counter.get_total_flops()
