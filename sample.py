@@ -185,9 +185,9 @@ def check_prompt(model, prompt, wants_word):
     for word in LOOKS_LEARNED.findall(prompt):
         if word not in model.concepts:
             cli.say(f"note: {word!r} is no word that was loaded; --words loads learned words")
-    for word in sorted({*re.findall(r"[^\W\d_]{4,}", prompt)} - {*model.concepts}):
-        if 2 < len(model.tokenizer.encode(word)) > len(word) / 2:
-            cli.say(f"note: the model has no word for {word!r}, and reads it letter by letter")
+    plain = sorted({*re.findall(r"[^\W\d_]{4,}", prompt)} - {*model.concepts})
+    if spelled := [word for word in plain if 2 < len(model.tokenizer.encode(word)) > len(word) / 2]:
+        cli.say(f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter")
     return words
 
 
