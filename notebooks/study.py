@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,17 +31,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "recipe")]
 import judge
 
 import tinyti
-from tinyti import inversion, whitened
+from tinyti import inversion
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, to_image
 from tinyti.inversion import Inversion, draw, evaluate, invert, make_examples
 from tinyti.metrics import clip_i
-from tinyti.whitened import Whitened
+from tinyti.whitened import EVERY, FLOOR
 
 FILE = Path(__file__).with_suffix(".csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 
 DEFAULT = {
-    "optimizer": "whitened", "lr": Whitened.LR, "exponent": 0.5, "floor": whitened.FLOOR, "momentum": 0.9,
+    "optimizer": "whitened", "lr": inversion.OPTIMIZERS["whitened"][1], "exponent": 0.5, "floor": FLOOR, "momentum": 0.9,
     "cap": inversion.CAP, "batch": inversion.BATCH_SIZE, "samples": inversion.BATCH_SIZE * inversion.STEPS,
     "start": "mean", "average": inversion.AVERAGE, "low": inversion.TIMESTEPS[0],
     "high": inversion.TIMESTEPS[1], "draws": "independent",
@@ -72,25 +73,21 @@ KEYS = ("weights", "set", "seed", *DEFAULT)
 COLUMNS = (*KEYS, *(f"loss {samples}" for samples in CHECKPOINTS), "loss", *SCORES, "norm", "seconds")
 
 
-class Variant(Whitened):
-    """`Whitened` with the exponent, the floor and the momentum to choose."""
-
-    def __init__(self, vectors, lr, cap, exponent, floor, momentum):
-        super().__init__(vectors, lr, cap)
-        self.exponent, self.floor, self.beta = exponent, floor, momentum
-
-    def step(self, vectors, gradients):
-        g = gradients.transpose(0, 1)  # (n, B, D)
-        self.steps += 1
-        self.moment = self.moment + g.mT @ g / g.shape[1]
-        self.momentum = self.beta * self.momentum + (1 - self.beta) * g.mean(1)
-        if self.steps == 1 or self.steps % whitened.EVERY == 0:
-            values, axes = torch.linalg.eigh(self.moment)
-            values = values.clamp(min=self.floor * values[:, -1:])
-            self.root = axes * values[:, None] ** -self.exponent @ axes.mT
-        direction = F.normalize((self.root @ self.momentum[..., None])[..., 0], dim=-1)
-        vectors = vectors - self.lr * vectors.shape[1] ** 0.5 * direction
-        return vectors * (self.cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
+def variant(vectors, gradients, memory, lr, cap, exponent, floor, beta):
+    """`whitened` with the exponent, the floor and the momentum to choose."""
+    g = gradients.transpose(0, 1)  # (n, B, D)
+    step = memory.get("step", 0) + 1
+    moment = memory.get("moment", 0) + g.mT @ g / g.shape[1]
+    momentum = beta * memory.get("momentum", 0) + (1 - beta) * g.mean(1)
+    root = memory.get("root")
+    if step == 1 or step % EVERY == 0:
+        values, axes = torch.linalg.eigh(moment)
+        values = values.clamp(min=floor * values[:, -1:])
+        root = axes * values[:, None] ** -exponent @ axes.mT
+    direction = F.normalize((root @ momentum[..., None])[..., 0], dim=-1)
+    vectors = vectors - lr * vectors.shape[1] ** 0.5 * direction
+    vectors = vectors * (cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
+    return vectors, {"step": step, "moment": moment, "momentum": momentum, "root": root}
 
 
 def stratified(examples, size, generator):
@@ -163,7 +160,8 @@ def run(model, clip, name, seed, settings):
     word = Inversion(model, concept, s["optimizer"], s["lr"])
     if s["optimizer"] == "whitened":
         cap = s["cap"] * vocabulary.norm(dim=-1).median().item()
-        word.optimizer = Variant(start, s["lr"], cap, s["exponent"], s["floor"], s["momentum"])
+        choice = {"exponent": s["exponent"], "floor": s["floor"], "beta": s["momentum"]}
+        word.optimizer = partial(variant, lr=s["lr"], cap=cap, **choice)
     found, seconds, began = {"loss 0": heldout_loss(model, heldout)}, 0.0, time.perf_counter()
     with patch.multiple(inversion, AVERAGE=s["average"], draw=DRAWS[s["draws"]]):
         steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
