@@ -41,8 +41,9 @@ FILE = Path(__file__).with_suffix(".csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 
 DEFAULT = {
-    "optimizer": "whitened", "lr": inversion.OPTIMIZERS["whitened"][1], "exponent": 0.5, "floor": FLOOR, "momentum": 0.9,
-    "cap": inversion.CAP, "batch": inversion.BATCH_SIZE, "samples": inversion.BATCH_SIZE * inversion.STEPS,
+    "optimizer": "whitened", "lr": inversion.OPTIMIZERS["whitened"][1], "exponent": 0.5,
+    "floor": FLOOR, "momentum": 0.9, "cap": inversion.CAP, "batch": inversion.BATCH_SIZE,
+    "samples": inversion.BATCH_SIZE * inversion.STEPS,
     "start": "mean", "average": inversion.AVERAGE, "low": inversion.TIMESTEPS[0],
     "high": inversion.TIMESTEPS[1], "draws": "independent",
 }  # fmt: skip
