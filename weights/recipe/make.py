@@ -163,8 +163,8 @@ def clip(run, array, ids, full, captions):
     """Both towers, contrastively (2103.00020, figure 3): a batch is a quiz of 128 pairs.
 
     Two of three quizzes are hard ones: their pictures agree in two of colour, scene and style, or in thing
-    and colour, and are told apart by complete captions.  Otherwise the towers live off backgrounds: they
-    hardly learn what a thing is, and not at all what the eyes of this cat are like.
+    and colour; the latter are told apart by complete captions.  Otherwise the towers live off backgrounds:
+    they hardly learn what a thing is, and not at all what the eyes of this cat are like.
     """
     recipe = run.recipe
     heads, trained = ("thing", "colour", "scene", "style"), captions[: recipe.pictures]
@@ -192,7 +192,8 @@ def clip(run, array, ids, full, captions):
         if kind < len(alike):
             same = torch.stack([drawn[k] == drawn[k][rows[0]] for k in alike[kind]]).all(0).nonzero()[:, 0]
             rows = same[torch.randint(len(same), (count,), generator=generator)]
-        words = (full if kind < len(alike) else ids)[rows, :used].to(run.device)
+        by_details = kind < len(alike) and "thing" in alike[kind]
+        words = (full if by_details else ids)[rows, :used].to(run.device)
         images = to_images(array[rows.numpy()]).to(run.device)
         a, b = model.encode_image(images), model.encode_text(words)
         logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
