@@ -141,8 +141,8 @@ def word_rows(model, text):
 
 def warn(args, passed_over):
     """Say what the user should know before the training."""
-    if files := [line for line in passed_over if "not a file" not in line]:  # but subfolders
-        cli.say(f"passed over {'; '.join(files)}")
+    if passed_over:
+        cli.say(f"passed over {'; '.join(passed_over)}")
     is_drawn = cli.ROOT / "concepts" in Path(args.images).resolve().parents
     if Path(args.weights).resolve() == cli.TINY and not is_drawn:
         cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")

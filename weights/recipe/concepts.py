@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import world
 from PIL import Image, ImageFilter
+from training import to_images
 
 import tinyti
 from tinyti.data import to_image
@@ -352,8 +353,7 @@ def losses(model, name, captions, samples=20):
     """Return every caption's loss on the set's pictures, all on the same noise: a list of floats."""
     generator = torch.Generator().manual_seed(SEED)
     pixels = np.stack([np.asarray(Image.open(FOLDER / name / path).convert("RGB")) for path in PATHS[:5]])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    x_0 = model.encode_images(images, generator).repeat(samples // 5 + 1, 1, 1, 1)[:samples]
+    x_0 = model.encode_images(to_images(pixels), generator).repeat(samples // 5 + 1, 1, 1, 1)[:samples]
     eps = torch.randn(x_0.shape, generator=generator)
     t = torch.linspace(250, 950, samples).long()
     x_t, target = model.schedule.add_noise(x_0, eps, t), model.schedule.target(x_0, eps, t)

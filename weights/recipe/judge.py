@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import training
 import world
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
@@ -48,7 +49,7 @@ class Judge(nn.Module):
 def to_images(pictures):
     """RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     pixels = [np.asarray(picture.resize((concepts.SIZE,) * 2, Image.Resampling.BOX)) for picture in pictures]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return training.to_images(np.stack(pixels))
 
 
 @lru_cache
