@@ -195,8 +195,9 @@ def clip(run, array, ids, full, captions):
         by_details = kind < len(alike) and "thing" in alike[kind]
         words = (full if by_details else ids)[rows, :used].to(run.device)
         images = to_images(array[rows.numpy()]).to(run.device)
-        a, b = model.encode_image(images), model.encode_text(words)
-        logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
+        a, b = model.encode_image(images).float(), model.encode_text(words).float()
+        with torch.autocast(run.device, enabled=False):
+            logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
         truth = torch.arange(len(rows), device=run.device)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
@@ -259,9 +260,8 @@ def vae(run, array, others):
         sharp = sum(F.mse_loss(a, b) for a, b in zip(edges(decoded), edges(images)))
         return F.mse_loss(decoded, images) + 0.25 * sharp + 1e-4 * kl
 
-    # On a CPU, too, bf16 is half as fast again in these thin convolutions at full resolution.
     begin = run.start and run.start / WEIGHTS["vae"]
-    train(run, "vae", model, loss_of, recipe.vae_samples, 16, 1e-3, begin, ema=0.999, autocast=torch.bfloat16)
+    train(run, "vae", model, loss_of, recipe.vae_samples, 16, 1e-3, begin, ema=0.999)
     return model.eval().requires_grad_(False)
 
 
@@ -300,7 +300,8 @@ def unet(run, latents, scale, contexts, empty, look):
     for name, p in model.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")):
             torch.nn.init.zeros_(p)  # every block begins as the identity
-    model.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if run.device == "cuda" else torch.contiguous_format  # each the faster
+    model.to(memory_format=layout)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     weights = (snr.clamp(max=5) / snr).float()
 
@@ -313,7 +314,7 @@ def unet(run, latents, scale, contexts, empty, look):
         t = torch.randint(schedule.num_train_timesteps, (count,), generator=generator)
         eps = randn(x_0.shape, generator, x_0)
         eps = eps + recipe.offset_noise * randn((*x_0.shape[:2], 1, 1), generator, x_0)
-        x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=layout)
         error = (model(x_t, t.to(run.device), context).float() - schedule.target(x_0, eps, t)).square()
         return (weights[t].to(run.device) * error.mean((1, 2, 3))).mean()
 

@@ -80,13 +80,13 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def orthogonal(g, steps=5):
         """The nearest matrix with singular values about 1, by a Newton-Schulz iteration."""
-        x = g.flatten(1)
+        x = g.flatten(1).bfloat16()
         x = x.T if len(x) > x.shape[1] else x
         x = x / (x.norm() + 1e-7)
         for _ in range(steps):
             a = x @ x.T
             x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-        return (x.T if len(g) > g[0].numel() else x).reshape(g.shape)
+        return (x.T if len(g) > g[0].numel() else x).reshape(g.shape).to(g.dtype)
 
 
 def optimizers_of(module, lr):
@@ -110,14 +110,14 @@ def average_gradients(module):
         p.grad.copy_(part.view_as(p))
 
 
-def train(run, stage, module, loss_of, samples, batch, lr, begin=None, ema=0.0, autocast=None, look=None):
+def train(run, stage, module, loss_of, samples, batch, lr, begin=None, ema=0.0, look=None):
     """Train `module` on loss_of(generator, n), the mean over n samples, until it has seen `samples` of them.
 
     The rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved while the run
     is under way.  The state is kept every minute; the draws of a step depend on its number only, so a killed
     run goes on as if nothing had happened.  Several processes share out each batch and average their
     gradients.  begin: a file of weights to go on from.  ema: what comes out is an average of the weights
-    that forgets 1 - ema a step.  autocast: a dtype, by default bf16 on a GPU and none elsewhere.
+    that forgets 1 - ema a step.
     look(module, samples seen) is called every five minutes.
     """
     final, state_file = run / f"{stage}.safetensors", run / f"{stage}.state"
@@ -127,7 +127,7 @@ def train(run, stage, module, loss_of, samples, batch, lr, begin=None, ema=0.0, 
     if begin:
         module.load_state_dict({k: w.float() for k, w in load_file(begin).items()})
     module.to(run.device)
-    autocast = autocast or (torch.bfloat16 if run.device == "cuda" else None)
+    torch.set_flush_denormal(True)
     optimizers = optimizers_of(module, lr)
     average = {k: w.detach().clone() for k, w in module.state_dict().items()}
     step, steps, running = 0, samples // batch, 0.0
@@ -144,7 +144,7 @@ def train(run, stage, module, loss_of, samples, batch, lr, begin=None, ema=0.0, 
         rate = lr * min(1, (step + 1) / 200, (steps - step) / (0.3 * steps))
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        with torch.autocast(run.device, autocast, enabled=autocast is not None):
+        with torch.autocast(run.device, torch.bfloat16):
             generator = torch.Generator().manual_seed(step * PROCESSES + RANK)
             loss = loss_of(generator, batch // PROCESSES)
         loss.backward()
