@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -70,23 +71,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = defaultdict(list)  # by shape: one batch of matrices takes half the time of one by one
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.mul_(group["momentum"]).add_(p.grad)
-                update = self.orthogonal(p.grad + group["momentum"] * average)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(len(p), p[0].numel()) ** 0.5)
+                alike[p.shape].append(p)
+            for shape, parameters in alike.items():
+                gradients = torch.stack([p.grad for p in parameters])
+                state = self.state[parameters[0]]
+                average = state.setdefault("average", torch.zeros_like(gradients))
+                average.mul_(group["momentum"]).add_(gradients)
+                updates = self.orthogonal(gradients + group["momentum"] * average)
+                updates *= -group["lr"] * 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(updates))
 
     @staticmethod
     def orthogonal(g, steps=5):
-        """The nearest matrix with singular values about 1, by a Newton-Schulz iteration."""
-        x = g.flatten(1).bfloat16()
-        x = x.T if len(x) > x.shape[1] else x
-        x = x / (x.norm() + 1e-7)
+        """The nearest matrices with singular values about 1, by a Newton-Schulz iteration: g (N, rows, …)."""
+        x = g.flatten(2).bfloat16()
+        x = x.mT if x.shape[1] > x.shape[2] else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(steps):
-            a = x @ x.T
-            x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-        return (x.T if len(g) > g[0].numel() else x).reshape(g.shape).to(g.dtype)
+            a = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return (x.mT if g.shape[1] > g[0, 0].numel() else x).reshape(g.shape).to(g.dtype)
 
 
 def optimizers_of(module, lr):
