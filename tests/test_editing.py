@@ -180,8 +180,8 @@ def test_a_step_up_undoes_a_step_down(prediction, spacing):
     schedule = Schedule(prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=False)
     x, output = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64, generator=seeded())
     for t in schedule.timesteps(10):
-        below = schedule.ddim_step(x, output, t, t - 100)
-        _, eps = schedule.split(x, output, t)
+        x_0, eps = schedule.split(x, output, t)
+        below = schedule.ddim_step(x_0, eps, t, t - 100)
         assert relative_error(x, schedule.ddim_inverse_step(below, eps, t - 100, t)) <= 1e-12
 
 

@@ -67,11 +67,11 @@ def test_no_picture_takes_the_place_of_another(word, tmp_path, capsys):
     prompts = ["S*", "S*!", "S*?", "(S*)"] * 25 + ["S*"]
     assert draw(*prompts, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == 102
-    kept = (tmp_path / "001-S-0.png").read_bytes()
+    kept = (tmp_path / "01-S-0.png").read_bytes()
     flags = ("--words", word, "--steps", "2", "--count", "1", "--out", tmp_path)
     assert draw("S*", *flags) == 2 and "is there already" in capsys.readouterr().err
     assert draw("S*", *flags, "--force") == 0
-    assert (tmp_path / "001-S-0.png").read_bytes() == kept
+    assert (tmp_path / "01-S-0.png").read_bytes() == kept
 
 
 def test_long_prompts_have_names_that_fit(word, tmp_path):

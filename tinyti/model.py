@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from . import checkpoint, compvis
 from .clip import CLIP, CLIPText
 from .concept import Concept
-from .diffusion import Schedule, denoise, randn
+from .diffusion import Schedule, denoise, randn, send
 from .ldmbert import LDMBert
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -73,8 +73,7 @@ class LatentDiffusion:
 
         `vectors` {word: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
         """
-        ids = self.tokenizer(prompts)
-        ids = (ids.pin_memory() if self.device.type == "cuda" else ids).to(self.device, non_blocking=True)
+        ids = send(self.tokenizer(prompts), self.device)
         embeds = self.text.embed(ids)
         for name, concept in self.concepts.items():
             embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
@@ -139,15 +138,15 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
     it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in there if there[kind]) if device == "auto" else device
-    kind, _, index = name.partition(":")
-    if kind not in there or not (index.isdecimal() if ":" in name else True):
-        raise ValueError(f"--device is {device!r}; there are auto, cuda, mps and cpu, and cuda:1 and so on")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        name, index = f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"]
-    if not there[kind] or int(index or 0) >= (torch.cuda.device_count() if kind == "cuda" else 1):
-        raise ValueError(f"--device {name}: PyTorch finds none on this machine; take --device cpu")
+    count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    there = [kind for kind in count if count[kind]]
+    name = there[0] if device == "auto" else device
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name not in [*there, *(f"{kind}:{i}" for kind in there for i in range(count[kind]))]:
+        raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
+                         "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
+    kind = name.split(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(name)
     if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
