@@ -92,10 +92,11 @@ def draw(args):
         walk, finish, steps = edit(args, model, size)
 
     options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "eta", "negative")}
-    settings = options | {"size": size, "words": list(model.concepts)}
-    settings |= {"strength": args.strength} if args.image else {}
-    inputs = (("weights", args.weights), ("image", args.image), ("mask", args.mask))
-    settings |= {name: Path(path).name for name, path in inputs if path}
+    settings = options | {"size": size, "words": list(model.concepts), "weights": Path(args.weights).name}
+    if args.image:
+        settings |= {"image": Path(args.image).name, "strength": args.strength}
+    if args.mask:
+        settings |= {"mask": Path(args.mask).name}
     out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(args.prompts) * -(-args.count // BATCH) * steps, unit="step")
     rows, maps = [], []

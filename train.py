@@ -84,7 +84,8 @@ def train(args):
     size = args.size or model.size
     model.check_size(size, size)
     templates = STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
-    templates = read_templates(args.templates) if args.templates else templates
+    if args.templates:
+        templates = read_templates(args.templates)
     photos, passed_over = read_folder(args.images, size)
     if passed_over:
         cli.say(f"passed over {'; '.join(passed_over)}")

@@ -37,14 +37,17 @@ class Schedule:
     set_alpha_to_one: bool = True
 
     def __post_init__(self):
-        start, end, steps, offset = self.beta_start, self.beta_end, self.num_train_timesteps, self.steps_offset
-        for name, supported in SUPPORTED.items():
-            if (value := getattr(self, name)) not in supported:
-                raise ValueError(f"{name} is {value!r:.100}; supported are {', '.join(supported)}")
-        if any(isinstance(x, str) for x in (start, end)) or not 0 < start <= end < 1:
+        start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
+        for field in fields(self):
+            value, supported = getattr(self, field.name), SUPPORTED.get(field.name)
+            if not isinstance(value, (int, float) if field.type is float else field.type):
+                raise ValueError(f"{field.name} is {value!r:.100}; expected a value like {field.default!r}")
+            if supported and value not in supported:
+                raise ValueError(f"{field.name} is {value!r:.100}; supported are {', '.join(supported)}")
+        if not 0 < start <= end < 1:
             raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they rise, between 0 and 1")
-        if type(steps) is not int or type(offset) is not int or not 0 <= offset < steps <= 100_000:
-            raise ValueError(f"num_train_timesteps is {steps!r} and steps_offset {offset!r}")
+        if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):
+            raise ValueError(f"num_train_timesteps is {steps!r} and steps_offset {self.steps_offset!r}")
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
         self.betas = torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)

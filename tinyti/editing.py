@@ -79,11 +79,10 @@ def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
         window = {"kernel_size": 2 * feather + 1, "stride": 1, "padding": feather}
         mask = -F.max_pool2d(-mask, **window)  # far enough inside for the average to stay within the white
         mask = F.avg_pool2d(mask, **window, count_include_pad=False)
-    if not mask.any():
-        narrow = f" or narrower than {2 * feather + 1} pixels" if feather else ""
-        raise ValueError(f"the mask is black everywhere{narrow}; paint white what is to be redrawn")
-    if mask.all():
-        raise ValueError("the mask is white everywhere; paint black what is to stay, or leave out the mask")
+    if mask.all() or not mask.any():
+        narrow = f"black everywhere, but for less than {2 * feather + 1} pixels"
+        found = "white everywhere" if mask.all() else narrow
+        raise ValueError(f"the mask is {found}; paint white what is to be redrawn, black what is to stay")
     return mask
 
 

@@ -125,8 +125,17 @@ def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: i
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = [batch_size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
     parts = [slice(a, b) for a, b in pairwise(bounds)][rank * accumulate :][:accumulate]  # of this process
-    evaluate_if_due(model, word, examples, seed, span)
-    while word.step < steps and math.isfinite(word.evaluations[-1]):
+    begun = word.step
+    while True:
+        if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
+            value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+            if ranks > 1:  # so that all agree when to end, down to the rounding
+                dist.broadcast(value, 0)
+            word.evaluations.append(value.item())
+        if word.step > begun:
+            yield word
+        if word.step >= steps or not math.isfinite(word.evaluations[-1]):
+            return
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
@@ -142,8 +151,6 @@ def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: i
             dist.all_reduce(vectors.grad)
             dist.all_reduce(values)
         word.move(vectors.grad / word.scale, values)
-        evaluate_if_due(model, word, examples, seed, span)
-        yield word
 
 
 def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -186,15 +193,6 @@ def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIM
     x_0, eps, _, prompts = draw(examples, size, Generator().manual_seed(seed + 2**62))  # not a step's
     t = timestep_at((torch.arange(size) + 0.5) / size, model, span)
     return losses(model, x_0, eps, t, prompts).mean().item()
-
-
-def evaluate_if_due(model: LatentDiffusion, word: Inversion, examples: Examples, seed: int, span) -> None:
-    """Evaluate the word where its step is a multiple of EVALUATE_EVERY, but once."""
-    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
-        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
-        if dist.is_initialized():  # so that all agree when to end, down to the rounding
-            dist.broadcast(value, 0)
-        word.evaluations.append(value.item())
 
 
 def diagnose(word: Inversion) -> str | None:

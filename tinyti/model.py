@@ -17,8 +17,6 @@ from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 
-LARGEST = 4096  # pixels per side
-
 
 @dataclass
 class LatentDiffusion:
@@ -50,8 +48,8 @@ class LatentDiffusion:
         The VAE takes multiples of its factor, and the UNet at least one latent at its lowest resolution.
         """
         least = self.vae.factor * 2 ** (len(self.unet.down_blocks) - 1)
-        if any(side % self.vae.factor or not least <= side <= LARGEST for side in (height, width)):
-            takes = f"multiples of {self.vae.factor} from {least} to {LARGEST}"
+        if any(side % self.vae.factor or not least <= side <= 4096 for side in (height, width)):
+            takes = f"multiples of {self.vae.factor} from {least} to 4096"
             found = f"a size of {height} × {width} pixels"
             raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
@@ -60,10 +58,9 @@ class LatentDiffusion:
 
         ValueError if the vectors are not as wide as the model's, or the name is taken or cannot be a word.
         """
-        width = self.text.table.shape[1]
-        if vectors.ndim != 2 or vectors.shape[1] != width:
-            found, expected = tuple(vectors.shape), f"(n, {width})"
-            raise ValueError(f"{name!r} has vectors of shape {found}, but this model's words have {expected}")
+        width, shape = self.text.table.shape[1], tuple(vectors.shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -141,16 +138,16 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     there = [kind for kind in count if count[kind]]
     name = there[0] if device == "auto" else device
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+    is_cuda = name.startswith("cuda")
+    if is_cuda and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name not in [*there, *(f"{kind}:{i}" for kind in there for i in range(count[kind]))]:
+    if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
         raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
                          "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
-    kind = name.split(":")[0]
-    if kind == "cuda":
+    if is_cuda:
         torch.cuda.set_device(name)
     if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
-        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
     return name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
