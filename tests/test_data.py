@@ -84,7 +84,8 @@ def half_transparent(mode, colour):
 @pytest.mark.parametrize("image, suffix, transparency, expected", [
     (half_transparent("RGBA", (0, 0, 255, 128)), "png", None, [WHITE, (127, 127, 255)]),
     (half_transparent("LA", (0, 128)), "png", None, [WHITE, (127,) * 3]),
-    (palette(), "png", 2, [BLUE, RED, WHITE, (1, 2, 3)]), (palette(), "gif", 2, [BLUE, RED, WHITE, (1, 2, 3)]),
+    (palette(), "png", 2, [BLUE, RED, WHITE, (1, 2, 3)]),
+    (palette(), "gif", 2, [BLUE, RED, WHITE, (1, 2, 3)]),
     (palette(), "png", bytes([255, 0, 0, 128]), [BLUE, WHITE, WHITE, (127, 128, 128)]),
     (marked((20, 20)), "png", RED, 10 * [WHITE] + 10 * [GREEN]),
 ])  # fmt: skip

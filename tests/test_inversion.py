@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tinyti
+from tinyti import inversion
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, read_folder
-from tinyti.inversion import CAP, EVALUATE_EVERY, Inversion, diagnose, draw, evaluate, invert
-from tinyti.inversion import losses, make_examples, timestep_at
+from tinyti.inversion import Inversion, diagnose, draw, evaluate, invert, losses, make_examples, timestep_at
 
 from .conftest import CONCEPTS, TINY
 
@@ -127,7 +127,7 @@ def test_the_word_is_an_average_of_the_path(model, examples):
 
 def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
     """Ctrl-C inside of the optimizer, before the evaluation, and between the step and what shows it."""
-    straight = learn(model, examples, steps=EVALUATE_EVERY + 1)
+    straight = learn(model, examples, steps=inversion.EVALUATE_EVERY + 1)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -135,11 +135,11 @@ def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
     for place in ("whitened.F.normalize", "inversion.evaluate", "inversion.Inversion.show"):
         word = begin(model)
         with pytest.raises(KeyboardInterrupt):
-            for _ in invert(model, word, examples, steps=EVALUATE_EVERY, batch_size=3):
-                if word.step == EVALUATE_EVERY - 1:
+            for _ in invert(model, word, examples, steps=inversion.EVALUATE_EVERY, batch_size=3):
+                if word.step == inversion.EVALUATE_EVERY - 1:
                     monkeypatch.setattr(f"tinyti.{place}", interrupt)
         monkeypatch.undo()
-        rest = learn(model, examples, EVALUATE_EVERY + 1, word.state_dict())
+        rest = learn(model, examples, inversion.EVALUATE_EVERY + 1, word.state_dict())
         assert torch.equal(rest.word, straight.word) and rest.evaluations == straight.evaluations
 
 
@@ -159,14 +159,15 @@ def test_the_timesteps_lie_in_the_span(model, span):
 
 def test_the_evaluation_is_fixed_and_falls(model, examples):
     word = learn(model, examples, steps=12, batch_size=4)
-    assert len(word.evaluations) == 1 + 12 // EVALUATE_EVERY
+    assert len(word.evaluations) == 1 + 12 // inversion.EVALUATE_EVERY
     assert evaluate(model, examples) == evaluate(model, examples)
     assert word.evaluations[-1] < word.evaluations[0] and diagnose(word) is None
 
 
 def test_whitened_vectors_stay_under_the_cap(model, examples):
     word = learn(model, examples, steps=3, lr=1.0)
-    assert word.path.norm().item() == pytest.approx(CAP * model.text.table.norm(dim=-1).median().item())
+    cap = inversion.CAP * model.text.table.norm(dim=-1).median().item()
+    assert word.path.norm().item() == pytest.approx(cap)
 
 
 def test_an_overflow_of_fp16_costs_a_batch_and_half_of_the_scale(model):
