@@ -43,7 +43,7 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         self.previews = {0: word.word}  # the vectors at PREVIEW_STEPS
         self.rows = {}  # the pictures of them, drawn when they are first shown
-        if any(photo.file.parent.resolve() == self.folder.resolve() for photo in photos):
+        if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
             self._resume()
