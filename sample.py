@@ -41,8 +41,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("how to draw").add_argument
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
-    add("--steps", type=cli.number(1, 10**5, int), default=50,
-        help="more are slower and, up to a point, better")  # fmt: skip
+    add("--steps", type=cli.number(1, 10**5, int), default=50, help="more are slower and, to a point, better")
     add("--guidance", type=cli.number(0, 100), default=cli.GUIDANCE,
         help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance")  # fmt: skip
     add("--eta", type=cli.number(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
@@ -126,7 +125,7 @@ def draw(args):
 
 
 def picture_file(folder, number, prompt, seed):
-    """Where a picture goes: 01-a-photo-of-S-0.png."""
+    """Where a picture goes: folder/01-a-photo-of-S-0.png."""
     words = "-".join(re.findall(r"\w+", prompt)).encode()[:120].decode(errors="ignore") or "picture"
     return folder / f"{number:02}-{words}-{seed}.png"
 

@@ -40,8 +40,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("how to learn it").add_argument
     rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
     add("--steps", type=cli.number(1, 10**6, int), default=STEPS, help="how many to take")
-    add("--batch-size", type=cli.number(1, 4096, int), default=BATCH_SIZE,
-        help="samples per step, on all GPUs")  # fmt: skip
+    add("--batch-size", type=cli.number(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs")
     add("--accumulate", type=cli.number(1, 4096, int), default=1, metavar="N",
         help="compute a batch in N parts, to save memory")  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
@@ -54,8 +53,7 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", type=cli.path, metavar="FOLDER", help="by default words/ and the word")
-    add("--save-every", type=cli.number(1, 10**6, int), default=100, metavar="STEPS",
-        help="what a crash may cost")  # fmt: skip
+    add("--save-every", type=cli.number(1, 10**6, int), default=100, metavar="N", help="what a kill may cost")
     add("--resume", action="store_true", help="go on where the run stopped, to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)

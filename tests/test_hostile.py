@@ -50,13 +50,13 @@ def tree(folder):
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
-def refuses(program, flags, folder, capsys):
-    """Status 2, one line that says who speaks, and nothing written."""
+def refuses(program, flags, folder, capsys, named=""):
+    """Status 2, one line that says who speaks and what is `named`, and nothing written."""
     before = tree(folder)
     status = program.main([*map(str, flags)])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1, (flags, status, error)
-    assert error.startswith(program.__name__ + ".py: ") and len(error) < 2000, error
+    assert error.startswith(program.__name__ + ".py: ") and named in error and len(error) < 2000, error
     assert tree(folder) == before, flags
 
 
@@ -94,7 +94,7 @@ def name(value):
 def test_values_are_refused(program, flag, values, tmp_path, capsys):
     out = [] if flag == "--out" else ["--out", tmp_path / "out"]
     for value in values:
-        refuses(program, [*PROGRAMS[program], *out, f"{flag}={value}"], tmp_path, capsys)
+        refuses(program, [*PROGRAMS[program], *out, f"{flag}={value}"], tmp_path, capsys, named=flag)
 
 
 @pytest.mark.parametrize("program, flag", PATHS, ids=name)

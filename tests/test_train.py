@@ -261,14 +261,11 @@ def test_as_many_vectors_as_every_prompt_has_room_for(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
-    (["--token", "a b"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
-    (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
-    (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
-    (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
-    (["--size", "30"], "30"), (["--seed", str(2**63)], "--seed"), (["--out", ""], "--out"),
-    (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--device", "tpu"], "tpu"),
-    (["--device", "cpu:x"], "cpu:x"), (["--device", "cuda:99"], "--device cpu"),
-    (["--precision", "fp16"], "fp16"), (["--resume"], "no state.pt"),
+    (["--token", "a b"], "white"), (["--token", "x" * 65], "65"), (["--init", "zyxwvut"], "no single word"),
+    (["--weights", "no/it"], "no/it"), (["--templates", "no.txt"], "no.txt"), (["--size", "30"], "30"),
+    (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"), (["--device", "cuda:99"], "--device cpu"),
+    (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--precision", "fp16"], "fp16"),
+    (["--resume"], "no state.pt"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
     before, out = set((CONCEPTS / "cat").iterdir()), tmp_path / "out"

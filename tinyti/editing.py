@@ -130,9 +130,8 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = torch.tensor(model.tokenizer.encode(word))
     at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
-    for prompt, found in zip(prompts, at_word.any(dim=1)):
-        if not found:
-            raise ValueError(f"{word!r} does not stand in the prompt {prompt!r}")
+    if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
+        raise ValueError(f"{word!r} does not stand in the prompt {without[0]!r}")
     heat = torch.zeros(len(prompts), *(size or (model.size, model.size)), device=model.device)
     shapes, hooks = [], []
 
