@@ -41,11 +41,11 @@ def arguments(argv=None):
     add = parser.add_argument_group("how to draw").add_argument
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
-    add("--steps", type=cli.whole(1, 10**5), default=50, help="more are slower and, up to a point, better")
+    add("--steps", type=cli.number(1, 10**5, int), default=50, help="more are slower and, to a point, better")
     add("--guidance", type=cli.number(0, 100), default=cli.GUIDANCE,
         help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance")  # fmt: skip
     add("--eta", type=cli.number(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
-    add("--size", type=cli.whole(1, 4096), nargs="+", metavar="PIXELS",
+    add("--size", type=cli.number(1, 4096, int), nargs="+", metavar="PIXELS",
         help="side, or height and width; by default what the model was trained on")  # fmt: skip
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
@@ -54,7 +54,7 @@ def arguments(argv=None):
     add("--strength", type=cli.number(0, 1), default=0.7, help="share of the steps that --image goes through")
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--count", type=cli.whole(1, 10**4), default=4, help="pictures per prompt")
+    add("--count", type=cli.number(1, 10**4, int), default=4, help="pictures per prompt")
     add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
     add("--attention", action="store_true", help="draw in attention.png where the learned words act")
     add("--out", type=cli.path, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
@@ -74,7 +74,11 @@ def main(argv=None):
 
 def draw(args):
     """All pictures, a batch after another: -> exit status."""
-    files = picture_files(args)
+    out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
+    wanted = [picture_file(out, *prompt, seed) for prompt in enumerate(args.prompts, 1) for seed in seeds]
+    wanted += [out / "grid.png", out / "attention.png"]
+    if not args.force and (there := next((file for file in wanted if file.exists()), None)):
+        raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
     model = cli.load_model(args)
     size = args.size or [model.size]
     size = (size[0], size[-1])
@@ -87,15 +91,15 @@ def draw(args):
         walk, finish, steps = edit(args, model, size)
 
     options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "eta", "negative")}
-    settings = options | {"size": size, "words": list(model.concepts)}
-    settings |= {"strength": args.strength} if args.image else {}
-    inputs = (("weights", args.weights), ("image", args.image), ("mask", args.mask))
-    settings |= {name: Path(path).name for name, path in inputs if path}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    seeds = range(args.seed, args.seed + args.count)
+    settings = options | {"size": size, "words": list(model.concepts), "weights": Path(args.weights).name}
+    if args.image:
+        settings |= {"image": Path(args.image).name, "strength": args.strength}
+    if args.mask:
+        settings |= {"mask": Path(args.mask).name}
+    out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(args.prompts) * -(-args.count // BATCH) * steps, unit="step")
     rows, maps = [], []
-    for prompt, words in zip(args.prompts, learned):
+    for number, (prompt, words) in enumerate(zip(args.prompts, learned), 1):
         pictures, shown = [], {word: [] for word in words if args.attention}
         for batch in (seeds[i : i + BATCH] for i in range(0, args.count, BATCH)):
             prompts, noise = [prompt] * len(batch), [torch.Generator().manual_seed(seed) for seed in batch]
@@ -105,50 +109,42 @@ def draw(args):
                     bar.update()
             drawn = finish(x_0)
             for seed, picture in zip(batch, map(to_image, drawn)):
-                save(picture, files[len(rows)][seed], {"prompt": prompt, "seed": seed, **settings})
+                about = {"prompt": prompt, "seed": seed, **settings}
+                save(picture, picture_file(out, number, prompt, seed), about)
                 pictures.append(picture)
             for word, of_word in zip(shown, heat):
                 shown[word] += map(to_image, overlay(drawn, of_word))
         rows.append((prompt, pictures))
         maps += [(f"{word} in: {prompt}", of_word) for word, of_word in shown.items()]
     bar.close()
-    save(grid(rows), Path(args.out) / "grid.png", settings)
+    save(grid(rows), out / "grid.png", settings)
     if args.attention:
-        save(grid(maps), Path(args.out) / "attention.png", settings)
-    print(f"{len(rows) * args.count} pictures and grid.png in {cli.shown(args.out)}")
+        save(grid(maps), out / "attention.png", settings)
+    print(f"{len(rows) * args.count} pictures and grid.png in {cli.shown(out)}")
     return 0
+
+
+def picture_file(folder, number, prompt, seed):
+    """Where a picture goes: folder/01-a-photo-of-S-0.png."""
+    words = "-".join(re.findall(r"\w+", prompt)).encode()[:120].decode(errors="ignore") or "picture"
+    return folder / f"{number:02}-{words}-{seed}.png"
 
 
 def edit(args, model, size):
     """What draws from --image, or in the --mask of it; what decodes that; how many steps there are."""
     if size[0] != size[1]:
         raise ValueError(f"--size is {size[0]} {size[1]}, but --image is cropped to a square; give its side")
-    picture = read_image(args.image, size[0])
+    picture = read_image(args.image)
     image, steps = to_tensor(picture, size[0]), args.steps - skipped(args.steps, args.strength)
     if not args.mask:
         return partial(from_image, image=image, strength=args.strength), model.decode, steps
-    mask = read_image(args.mask, size[0])
+    mask = read_image(args.mask)
     if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
         found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
         raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
     mask = to_mask(mask, size[0], feather=model.vae.factor // 2)  # a seam as wide as a latent
     walk = partial(in_region, image=image, mask=mask, strength=args.strength)
     return walk, lambda x_0: paste(image, model.decode(x_0), mask), steps
-
-
-def picture_files(args):
-    """For each prompt {seed: file}; ValueError if something would be overwritten."""
-    files = []
-    for number, prompt in enumerate(args.prompts, 1):
-        words = "-".join(re.findall(r"\w+", prompt)).encode()[:120].decode(errors="ignore") or "picture"
-        stem = f"{number:0{max(2, len(str(len(args.prompts))))}}-{words}"
-        seeds = range(args.seed, args.seed + args.count)
-        files.append({seed: Path(args.out) / f"{stem}-{seed}.png" for seed in seeds})
-    wanted = [file for row in files for file in row.values()]
-    wanted += [Path(args.out) / name for name in ("grid.png", "attention.png")]
-    if not args.force and (there := next((file for file in wanted if file.exists()), None)):
-        raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
-    return files
 
 
 def add_words(model, entries):

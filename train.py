@@ -29,25 +29,23 @@ def arguments(argv=None):
     add("--images", type=cli.path, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
     add("--token", type=cli.text, required=True, metavar="WORD", help="the new word, without white space")
     add("--init", type=cli.text, metavar="WORDS", help="where to start; by default the vocabulary's mean")
-    add("--vectors", type=cli.whole(1, 75), default=1, metavar="N",
+    add("--vectors", type=cli.number(1, 75, int), default=1, metavar="N",
         help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
     add("--templates", type=cli.path, metavar="FILE",
         help="own prompts, one a line, {} for the word; by default the paper's")  # fmt: skip
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
-    add("--size", type=cli.whole(1, 4096), help="side of the pictures in pixels; by default the model's own")
+    add("--size", type=cli.number(1, 4096, int), help="pixels of a picture's side; by default the model's")
 
     add = parser.add_argument_group("how to learn it").add_argument
-    add("--steps", type=cli.whole(1, 10**6), default=STEPS, help="the most steps to take")
-    add("--batch-size", type=cli.whole(1, 4096), default=BATCH_SIZE, help="samples per step, on all GPUs")
-    add("--accumulate", type=cli.whole(1, 4096), default=1, metavar="N",
+    rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
+    add("--steps", type=cli.number(1, 10**6, int), default=STEPS, help="how many to take")
+    add("--batch-size", type=cli.number(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs")
+    add("--accumulate", type=cli.number(1, 4096, int), default=1, metavar="N",
         help="compute a batch in N parts, to save memory")  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
-    add("--lr", type=cli.number(1e-30, 100), help="step per number; by default "
-        + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()))  # fmt: skip
-    add("--no-early-stop", action="store_true",
-        help="take all steps; by default adam ends when its evaluation loss is flat")  # fmt: skip
+    add("--lr", type=cli.number(1e-30, 100), help=f"step per number; by default {rates}")
     add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
         help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
     add("--seed", type=cli.SEED, default=0, help="of everything random")
@@ -55,7 +53,7 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", type=cli.path, metavar="FOLDER", help="by default words/ and the word")
-    add("--save-every", type=cli.whole(1, 10**6), default=100, metavar="STEPS", help="what a crash may cost")
+    add("--save-every", type=cli.number(1, 10**6, int), default=100, metavar="N", help="what a kill may cost")
     add("--resume", action="store_true", help="go on where the run stopped, to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
@@ -84,9 +82,14 @@ def train(args):
     size = args.size or model.size
     model.check_size(size, size)
     templates = STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
-    templates = read_templates(args.templates) if args.templates else templates
+    if args.templates:
+        templates = read_templates(args.templates)
     photos, passed_over = read_folder(args.images, size)
-    warn(args, passed_over)
+    if passed_over:
+        cli.say(f"passed over {'; '.join(passed_over)}")
+    is_tiny = Path(args.weights).resolve() == cli.TINY
+    if is_tiny and cli.ROOT / "concepts" not in Path(args.images).resolve().parents:
+        cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
 
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
     concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
@@ -100,8 +103,7 @@ def train(args):
             dist.broadcast_object_list(state)
             word.load_state_dict(state[0])
         options = {name: getattr(args, name) for name in ("steps", "batch_size", "seed", "accumulate")}
-        early_stop = args.optimizer == "adam" and not args.no_early_stop
-        for _ in invert(model, word, examples, span=args.timesteps, early_stop=early_stop, **options):
+        for _ in invert(model, word, examples, span=args.timesteps, **options):
             bar.update()
             if word.step % EVALUATE_EVERY == 0:
                 bar.set_postfix_str(f"evaluation {word.evaluations[0]:.4f}, now {word.evaluations[-1]:.4f}")
@@ -114,7 +116,8 @@ def train(args):
     if not run:
         return 0
     status = report(args, model, word, examples, run)
-    print(f"{time.time() - began:.0f} s{cli.peak_memory(model.device)}")
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
+    print(f"{time.time() - began:.0f} s{memory}")
     return status
 
 
@@ -123,29 +126,18 @@ def check_prompts(model, concept, prompts):
     places = model.tokenizer.length - 2
     for prompt in {line for lines in prompts for line in lines}:
         if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
-            n = len(concept.ids)
-            raise ValueError(
-                f"the prompt {prompt!r} has no room for the {n} vectors of the word, or the word does not "
-                "stand alone in it; take fewer --vectors or other --templates"
-            )
+            found = f"the prompt {prompt!r} has no room for the {len(concept.ids)} vectors of the word"
+            advice = "take fewer --vectors or other --templates"
+            raise ValueError(f"{found}, or the word does not stand alone in it; {advice}")
 
 
 def word_rows(model, text):
     """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no such word."""
-    ids = [model.tokenizer.single(word) for word in text.split()]
-    if None in ids:
-        word = text.split()[ids.index(None)]
-        raise ValueError(f"--init {word!r} is no single word of the model's vocabulary; take a simpler one")
-    return model.text.table[ids]
-
-
-def warn(args, passed_over):
-    """Say what the user should know before the training."""
-    if passed_over:
-        cli.say(f"passed over {'; '.join(passed_over)}")
-    is_drawn = cli.ROOT / "concepts" in Path(args.images).resolve().parents
-    if Path(args.weights).resolve() == cli.TINY and not is_drawn:
-        cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
+    ids = {word: model.tokenizer.single(word) for word in text.split()}
+    if unknown := [word for word, id in ids.items() if id is None]:
+        found = f"--init {unknown[0]!r} is no single word of the model's vocabulary"
+        raise ValueError(f"{found}; take a simpler one")
+    return model.text.table[[ids[word] for word in text.split()]]
 
 
 def report(args, model, word, examples, run):
@@ -159,13 +151,14 @@ def report(args, model, word, examples, run):
     if word.is_finite():
         if warning := embeddings.compatibility_warning(args.token, args.vectors):
             print(f"note: {warning}", file=sys.stderr)
-        tokenizer = model.tokenizer
-        nearest = word.concept.nearest(model.text.table, 5, tokenizer.word_ids())[0]
-        print("nearest words:", ", ".join(f"{tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest))
+        nearest = word.concept.nearest(model.text.table, 5, model.tokenizer.word_ids())[0]
+        words = [f"{model.tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest]
+        print("nearest words:", ", ".join(words))
         prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
-        weights = ["--weights", args.weights] if Path(args.weights).resolve() != cli.TINY else []
-        words = ["python", "sample.py", prompt, "--words", str(cli.shown(run.folder)), *weights]
-        print("use it:", shlex.join(words))
+        command = ["python", "sample.py", prompt, "--words", str(cli.shown(run.folder))]
+        if Path(args.weights).resolve() != cli.TINY:
+            command += ["--weights", args.weights]
+        print("use it:", shlex.join(command))
     return 1 if problem else 0
 
 

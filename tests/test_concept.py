@@ -19,27 +19,15 @@ def concept():
 
 
 def test_vectors_are_an_fp32_leaf_of_their_own():
-    given = random(2, D).half()
-    concept = Concept("S*", given, torch.tensor([V, V + 1]))
+    given = random(2, D).half().requires_grad_()
+    concept = Concept("S*", given, [V, V + 1])
     vectors = concept.vectors
     assert vectors.dtype == torch.float32 and vectors.is_leaf and vectors.requires_grad
-    assert concept.ids == [V, V + 1] and concept.name == "S*"
     assert [name for name, _ in concept.named_parameters()] == ["vectors"]
-    own = random(1, D).requires_grad_()
-    concept = Concept("S*", own, [V])
     with torch.no_grad():
-        concept.vectors.zero_()
-    assert concept.vectors.is_leaf and own.abs().sum() > 0
+        vectors.zero_()
+    assert given.abs().sum() > 0
     assert concept.to("meta").vectors.device.type == "meta"
-
-
-@pytest.mark.parametrize("shape, ids, message", [
-    ((D,), [V], "shape"), ((1, 1, D), [V], "shape"), ((2, D), [V], "shape"), ((0, D), [], "shape"),
-    ((2, D), [V, V], "consecutive"), ((2, D), [V + 1, V], "consecutive"), ((2, D), [V, V + 2], "consecutive"),
-])  # fmt: skip
-def test_vectors_and_ids_must_fit(shape, ids, message):
-    with pytest.raises(ValueError, match=message):
-        Concept("S*", torch.zeros(shape), ids)
 
 
 def test_insert_replaces_the_words_places_only(concept):
@@ -64,6 +52,9 @@ def test_gradients_reach_the_vectors_through_their_places_alone(concept):
     torch.testing.assert_close(concept.vectors.grad, torch.stack([weight[0, 1] + weight[0, 3], weight[0, 2]]))
     others = ~torch.isin(ids, torch.tensor([V, V + 1]))
     assert torch.equal(embeds.grad, weight * others[..., None])
+    concept.vectors.grad = None
+    concept.insert(random(1, 3, D), torch.tensor([[0, 1, V - 1]])).sum().backward()  # the word is not there
+    assert torch.equal(concept.vectors.grad, torch.zeros(2, D))
 
 
 def test_every_sample_may_have_its_own_vectors(concept):
@@ -78,11 +69,6 @@ def test_every_sample_may_have_its_own_vectors(concept):
     assert torch.equal(own.grad[0], torch.stack([embeds[0, 1] + embeds[0, 3], embeds[0, 2]]))
     assert torch.equal(own.grad[1, 1], embeds[1, 0]) and not own.grad[2].any()
     assert concept.vectors.grad is None
-
-
-def test_a_prompt_without_the_word_gives_no_gradient(concept):
-    concept.insert(random(1, 3, D), torch.tensor([[0, 1, V - 1]])).sum().backward()
-    assert torch.equal(concept.vectors.grad, torch.zeros(2, D))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -101,11 +87,6 @@ def test_several_concepts_are_several_inserts(concept):
     once = other.insert(concept.insert(embeds, ids), ids)
     assert torch.equal(once, concept.insert(other.insert(embeds, ids), ids))
     assert torch.equal(once[0], torch.stack([other.vectors[0], *concept.vectors, embeds[0, 3]]))
-
-
-def test_insert_names_both_widths(concept):
-    with pytest.raises(ValueError, match=r"'S\*' has 8 numbers per vector, this model wants 1"):
-        concept.insert(torch.zeros(1, 2, 1), torch.tensor([[0, V]]))
 
 
 def test_initial_copies_rows_and_averages_neighbours():
@@ -135,18 +116,12 @@ def test_initial_leaves_global_randomness_and_rows_alone():
     before = rows.clone()
     Concept.initial(rows, 2)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(rows, before)
-    with pytest.raises(ValueError, match="at least one"):
-        Concept.initial(rows[:0])
 
 
-def test_norm():
-    norm = Concept("S*", torch.tensor([[3.0, 4.0], [0.0, 2.0]]), [V, V + 1]).norm()
-    assert norm.tolist() == [5.0, 2.0] and not norm.requires_grad
-
-
-def test_nearest_rows_by_cosine():
+def test_norm_and_nearest_rows_by_cosine():
     table = random(V, D, seed=4)
     concept = Concept("S*", torch.stack([7 * table[3], -table[8]]), [V, V + 1])
+    assert concept.norm().tolist() == concept.vectors.detach().norm(dim=-1).tolist()
     nearest = concept.nearest(table, k=3)
     cosines = F.cosine_similarity(concept.vectors.detach()[:, None], table[None], dim=-1)
     for found, all_cosines in zip(nearest, cosines):
@@ -154,14 +129,9 @@ def test_nearest_rows_by_cosine():
         assert [id for id, _ in found] == ids[:3].tolist()
         assert [cosine for _, cosine in found] == pytest.approx(values[:3].tolist(), abs=1e-6)
     assert nearest[0][0] == (3, pytest.approx(1.0)) and nearest[1][0][0] != 8
-    assert all(type(id) is int and type(cosine) is float for id, cosine in nearest[0])
 
-
-def test_nearest_among_some_ids():
-    table = random(V, D, seed=4)
-    concept = Concept("S*", table[3:4], [V])
     among = [8, 41, 17]
-    ((best, *rest),) = concept.nearest(table.bfloat16().requires_grad_(), k=5, among=among)
-    assert {best[0], *(id for id, _ in rest)} == set(among) and len(rest) == 2
+    found = concept.nearest(table.bfloat16().requires_grad_(), k=5, among=among)[0]
+    assert {id for id, _ in found} == set(among) and len(found) == 3
     expected = F.cosine_similarity(table[3:4], table[among].bfloat16().float())
-    assert best[1] == pytest.approx(expected.max().item())
+    assert found[0][1] == pytest.approx(expected.max().item())

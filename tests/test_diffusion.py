@@ -1,5 +1,7 @@
 """The schedule and the samplers: against diffusers' schedulers over whole trajectories, and closed forms."""
 
+import re
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -31,10 +33,9 @@ def their_trajectory(sampler, config, x, steps, eta, seed):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(
-    "sampler, steps, eta",
-    [("ddim", 50, 0.0), ("ddim", 30, 0.7), ("ddpm", 40, 0.0), ("dpm++", 25, 0.0), ("dpm++", 8, 0.0)],
-)
+@pytest.mark.parametrize("sampler, steps, eta", [
+    ("ddim", 50, 0.0), ("ddim", 30, 0.7), ("ddpm", 40, 0.0), ("dpm++", 25, 0.0), ("dpm++", 8, 0.0),
+])  # fmt: skip
 def test_trajectories(sampler, steps, eta, spacing, prediction):
     config = {**SD, "timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1}
     if sampler == "ddim":
@@ -43,13 +44,9 @@ def test_trajectories(sampler, steps, eta, spacing, prediction):
         config["steps_offset"] = 0
     x_T = randn((2, 4, 8, 8), torch.Generator().manual_seed(1))
     theirs = their_trajectory(sampler, config, x_T, steps, eta, seed=2)
-    ours = list(
-        denoise(
-            network, x_T, Schedule.from_config(config), steps, sampler, eta, torch.Generator().manual_seed(2)
-        )
-    )
-    assert len(ours) == len(theirs) == steps
-    for a, b in zip(theirs, ours):
+    schedule, generator = Schedule.from_config(config), torch.Generator().manual_seed(2)
+    ours = denoise(network, x_T, schedule, steps, sampler, eta, generator)
+    for a, b in zip(theirs, ours, strict=True):
         assert relative_error(a, b) <= 1e-5
 
 
@@ -113,43 +110,28 @@ def test_a_list_of_generators_makes_each_sample_its_own():
         randn((3, 1), [torch.Generator(), torch.Generator()])
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
-        ({"prediction_type": "sample"}, "prediction_type"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing"),
-        ({"clip_sample": True}, "clip_sample"),
-        ({"trained_betas": [0.1]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"beta_end": 5}, "beta_start is 0.0001 and beta_end 5"),
-        ({"beta_start": float("nan")}, "beta_start is nan"),
-        ({"beta_start": 0.02, "beta_end": 0.01}, "they rise"),
-        ({"beta_end": "0.012"}, "beta_end is '0.012'"),
-        ({"beta_schedule": ["linear"]}, "beta_schedule is"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
-        ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000"),
-        ({"num_train_timesteps": 10.5}, "num_train_timesteps is 10.5"),
-        ({"steps_offset": 1000}, "steps_offset 1000"),
-    ],
-)
-def test_unsupported_configurations_are_named(config, message):
+@pytest.mark.parametrize("name, value", [
+    ("beta_schedule", "squaredcos_cap_v2"), ("beta_schedule", ["linear"]), ("prediction_type", "sample"),
+    ("timestep_spacing", "karras"), ("clip_sample", True), ("trained_betas", [0.1]),
+    ("rescale_betas_zero_snr", True), ("beta_end", 5), ("beta_end", "0.012"), ("beta_end", 1e-5),
+    ("beta_start", float("nan")), ("num_train_timesteps", 0), ("num_train_timesteps", 10**12),
+    ("num_train_timesteps", 10.5), ("steps_offset", 1000),
+])  # fmt: skip
+def test_unsupported_configurations_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name} (is )?{re.escape(repr(value))}"):
+        Schedule.from_config({name: value})
+
+
+@pytest.mark.parametrize("steps, sampler, options, message", [
+    (1001, "ddim", {}, "steps is 1001"), (10, "euler", {}, "sampler is 'euler'"),
+    (10, "ddim", {"start": 10}, "start is 10"),
+    (1000, "dpm++", {}, "too many"),  # no room for the point behind the last
+])  # fmt: skip
+def test_bad_requests_are_named(steps, sampler, options, message):
     with pytest.raises(ValueError, match=message):
-        Schedule.from_config(config)
-
-
-def test_bad_requests_are_named():
-    s = Schedule(**SD)
-    with pytest.raises(ValueError, match="steps is 1001"):
-        s.timesteps(1001)
-    with pytest.raises(ValueError, match="sampler is 'euler'"):
-        next(denoise(network, torch.zeros(1, 1), s, 10, "euler"))
-    with pytest.raises(ValueError, match="start is 10"):
-        next(denoise(network, torch.zeros(1, 1), s, 10, start=10))
+        next(denoise(network, torch.zeros(1, 1), Schedule(**SD), steps, sampler, **options))
     with pytest.raises(ValueError, match="too many"):  # t = 1000, where the training ended at 999
         Schedule(**SD, steps_offset=1).timesteps(1000)
-    with pytest.raises(ValueError, match="too many"):  # no room for the point behind the last
-        s.timesteps(1000, "dpm++")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

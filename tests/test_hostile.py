@@ -6,10 +6,7 @@ import itertools
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -20,13 +17,13 @@ from tinyti import cli, embeddings
 from tinyti.inversion import Inversion
 from tinyti.run import FORMAT
 
-from .conftest import CONCEPTS, ROOT
+from .conftest import CONCEPTS
+from .test_train import VIEWS, contents
 
 pytestmark = pytest.mark.usefixtures("loaded")
 
 CAT = ["--images", str(CONCEPTS / "cat"), "--token", "S*", "--device", "cpu"]
 CAT += ["--batch-size", "2", "--size", "16"]
-VIEWS = ("learned_embeds.safetensors", "log.csv", "progress.png", "settings.json")
 
 NO_NUMBER = ["", " ", "x", "nan", "inf", "-inf", "1e999", "--", "0x10", "1,5", "1 2", "9" * 5000, "½", "-1"]
 NO_WHOLE = [*NO_NUMBER, "0", "1.5", "1e3", str(10**12), str(2**63), str(2**64), "-" + "9" * 30]
@@ -53,13 +50,13 @@ def tree(folder):
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
-def refuses(program, flags, folder, capsys):
-    """Status 2, one line that says who speaks, and nothing written."""
+def refuses(program, flags, folder, capsys, named=""):
+    """Status 2, one line that says who speaks and what is `named`, and nothing written."""
     before = tree(folder)
     status = program.main([*map(str, flags)])
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1, (flags, status, error)
-    assert error.startswith(program.__name__ + ".py: ") and len(error) < 2000, error
+    assert error.startswith(program.__name__ + ".py: ") and named in error and len(error) < 2000, error
     assert tree(folder) == before, flags
 
 
@@ -97,7 +94,7 @@ def name(value):
 def test_values_are_refused(program, flag, values, tmp_path, capsys):
     out = [] if flag == "--out" else ["--out", tmp_path / "out"]
     for value in values:
-        refuses(program, [*PROGRAMS[program], *out, f"{flag}={value}"], tmp_path, capsys)
+        refuses(program, [*PROGRAMS[program], *out, f"{flag}={value}"], tmp_path, capsys, named=flag)
 
 
 @pytest.mark.parametrize("program, flag", PATHS, ids=name)
@@ -113,15 +110,12 @@ def test_paths_are_refused(program, flag, paths, tmp_path, capsys):
         refuses(program, [*PROGRAMS[program], *more, *out, f"{flag}={path}"], tmp_path, capsys)
 
 
-def test_train_refuses_timesteps(tmp_path, capsys):
+def test_pairs_and_prompts_are_refused(tmp_path, capsys):
     bad = [(a, b) for a in ("0", "0.5", "1", "x") for b in ("0", "-1", "1.1", "nan", "inf", "x", "")]
     for low, high in [*bad, ("0.5", "0.5"), ("nan", "nan"), ("-1e-9", "1")]:
         refuses(train_py, [*CAT, "--out", tmp_path / "out", "--timesteps", low, high], tmp_path, capsys)
-
-
-@pytest.mark.parametrize("prompt", NO_TEXT)
-def test_sample_refuses_prompts(prompt, tmp_path, capsys):
-    refuses(sample_py, [prompt, "--out", tmp_path / "out"], tmp_path, capsys)
+    for prompt in NO_TEXT:
+        refuses(sample_py, [prompt, "--out", tmp_path / "out"], tmp_path, capsys)
 
 
 # A run's files
@@ -133,10 +127,6 @@ def finished(loaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "S"
     train_py.main([*CAT, "--steps", "3", "--save-every", "2", "--out", str(folder)])
     return folder
-
-
-def contents(folder):
-    return {name: (folder / name).read_bytes() for name in VIEWS}
 
 
 def try_to_resume(folder):
@@ -222,28 +212,21 @@ def deaths(monkeypatch, folder, crashes, flags):
     return sorted(crashes.iterdir())
 
 
-def test_killed_at_every_rename_it_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("over_an_old_word", [False, True])
+def test_killed_at_every_rename(over_an_old_word, finished, tmp_path, monkeypatch, capsys):
+    """It goes on to the same bytes; until then an old word is whole."""
     flags = [*CAT, "--steps", "3", "--save-every", "2"]
+    if over_an_old_word:
+        train_py.main([*flags, "--seed", "1", "--out", str(tmp_path / "S")])
+        before = contents(tmp_path / "S")
     (tmp_path / "crashes").mkdir()
-    crashes = deaths(monkeypatch, tmp_path / "S", tmp_path / "crashes", flags)
+    crashes = deaths(monkeypatch, tmp_path / "S", tmp_path / "crashes", [*flags, "--force"])
     assert len(crashes) == 3 * 2 * 5
     for folder in crashes:
-        resume = ["--resume"] * (folder / "state.pt").exists()  # before the first state there is nothing
-        assert train_py.main([*flags, "--out", str(folder), *resume]) in (0, 1), capsys.readouterr().err
-        assert contents(folder) == contents(finished), folder.name
-        assert {p.name for p in folder.iterdir()} == {*VIEWS, "state.pt"}
-
-
-def test_killed_over_an_old_word_at_every_rename_either_is_whole(finished, tmp_path, monkeypatch, capsys):
-    flags = [*CAT, "--steps", "3", "--save-every", "2"]
-    train_py.main([*flags, "--seed", "1", "--out", str(tmp_path / "S")])
-    before = contents(tmp_path / "S")
-    (tmp_path / "crashes").mkdir()
-    for folder in deaths(monkeypatch, tmp_path / "S", tmp_path / "crashes", [*flags, "--force"]):
         capsys.readouterr()
-        if train_py.main([*flags, "--out", str(folder), "--resume"]) == 2:
-            assert "seed was 1 and is 0" in capsys.readouterr().err
-            assert contents(folder) == before
+        resume = ["--resume"] * (folder / "state.pt").exists()  # before the first state there is nothing
+        if train_py.main([*flags, "--out", str(folder), *resume]) == 2:
+            assert "seed was 1 and is 0" in capsys.readouterr().err and contents(folder) == before
             train_py.main([*flags, "--out", str(folder), "--force"])
         assert contents(folder) == contents(finished), folder.name
         assert {p.name for p in folder.iterdir()} == {*VIEWS, "state.pt"}
@@ -266,24 +249,6 @@ def test_every_damage_of_a_words_file_is_one_line(finished, tmp_path):
             assert "\n" not in str(error)
         else:
             assert all(vectors.isfinite().all() and vectors.ndim == 2 for vectors in words.values())
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(finished, tmp_path):
-    """Real processes, real SIGKILLs."""
-    rng = random.Random(0)
-    flags = ["train.py", *CAT, "--steps", "3", "--save-every", "1"]
-    unbroken = tmp_path / "unbroken"
-    subprocess.run([sys.executable, *flags, "--out", str(unbroken)], cwd=ROOT, check=True)
-    for number in range(20):
-        out = tmp_path / str(number)
-        process = subprocess.Popen([sys.executable, *flags, "--out", str(out)], cwd=ROOT)
-        time.sleep(rng.uniform(1, 10))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        resume = ["--resume"] * (out / "state.pt").exists()
-        subprocess.run([sys.executable, *flags, "--out", str(out), *resume], cwd=ROOT, check=True)
-        assert contents(out) == contents(unbroken)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """From prompt to picture: whole pipelines of diffusers, and ours reading the folders that they saved."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -22,10 +24,8 @@ def pipelines(tmp_path_factory):
     made = {}
     for family in ("sd1", "sd2", "ldm"):
         root = tmp_path_factory.mktemp(family)
-        if family == "ldm":
-            theirs = published.tiny_ldm(root / "vocabulary")
-        else:
-            theirs = published.tiny_stable_diffusion(family, root / "vocabulary")
+        make = published.tiny_ldm if family == "ldm" else partial(published.tiny_stable_diffusion, family)
+        theirs = make(root / "vocabulary")
         theirs.set_progress_bar_config(disable=True)
         theirs.save_pretrained(root / "model")
         made[family] = theirs, root / "model"
@@ -35,46 +35,34 @@ def pipelines(tmp_path_factory):
 def prepare(pipelines, family, sampler, **settings):
     """Theirs with this scheduler, and ours, loaded from the folder that says so."""
     theirs, folder = pipelines[family]
-    known = SCHEDULERS[sampler]().config
-    theirs.scheduler = SCHEDULERS[sampler](
-        **{name: value for name, value in (published.SCHEDULER | settings).items() if name in known}
-    )
+    kind, settings = SCHEDULERS[sampler], published.SCHEDULER | settings
+    known = kind().config
+    theirs.scheduler = kind(**{name: value for name, value in settings.items() if name in known})
     theirs.scheduler.save_pretrained(folder / "scheduler")
     return theirs, tinyti.load(folder)
 
 
-def compare(
-    theirs, ours, sampler="ddim", eta=0.0, steps=6, guidance=7.5, negative="", seeds=5, prompts=PROMPTS
-):
+def seeded(seeds=5):
+    """A generator, or a list of them."""
+    return torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else [seeded(s) for s in seeds]
+
+
+def compare(theirs, ours, sampler="ddim", eta=0.0, steps=6, guidance=7.5, negative="", seeds=5,
+            prompts=PROMPTS):  # fmt: skip
     """The same seeds into both: equal latents after every step, and equal pictures -> the last latents."""
-
-    def generators():
-        if isinstance(seeds, int):
-            return torch.Generator().manual_seed(seeds)
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
     path = []
 
     def remember(pipeline, i, t, state):
         path.append(state["latents"].clone())
         return state
 
-    wanted = theirs(
-        prompts,
-        negative_prompt=[negative] * len(prompts),
-        height=SIZE[0],
-        width=SIZE[1],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        eta=eta,
-        generator=generators(),
-        output_type="pt",
-        callback_on_step_end=remember,
-    ).images
+    options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": steps, "guidance_scale": guidance}
+    options |= {"negative_prompt": [negative] * len(prompts), "eta": eta, "generator": seeded(seeds)}
+    wanted = theirs(prompts, output_type="pt", callback_on_step_end=remember, **options).images
     settings = {"steps": steps, "guidance": guidance, "sampler": sampler, "eta": eta, "negative": negative}
-    trajectory = list(tinyti.sample(ours, prompts, generator=generators(), size=SIZE, **settings))
-    assert len(trajectory) == len(path) == steps
-    for wanted_t, x_t in zip(path, trajectory):
+    trajectory = list(tinyti.sample(ours, prompts, generator=seeded(seeds), size=SIZE, **settings))
+    assert len(trajectory) == steps
+    for wanted_t, x_t in zip(path, trajectory, strict=True):
         assert relative_error(wanted_t, x_t) <= 1e-4
     assert_same_picture(wanted, ours.decode(trajectory[-1]))
     return trajectory[-1]
@@ -106,14 +94,8 @@ def test_spacings(pipelines, sampler, spacing):
 
 def test_prompt_negative_prompt_and_guidance_all_matter(pipelines):
     theirs, ours = prepare(pipelines, "sd1", "ddim")
-    settings = {"steps": 3, "prompts": PROMPTS[:1]}
-    latents = [
-        compare(theirs, ours, **settings),
-        compare(theirs, ours, **settings, negative="dog"),
-        compare(theirs, ours, **settings, guidance=3.0),
-        compare(theirs, ours, **settings, guidance=1.0),
-        compare(theirs, ours, steps=3, prompts=["dog"]),
-    ]
+    changes = [{}, {"negative": "dog"}, {"guidance": 3.0}, {"guidance": 1.0}, {"prompts": ["dog"]}]
+    latents = [compare(theirs, ours, **{"steps": 3, "prompts": PROMPTS[:1]} | change) for change in changes]
     for i, x_0 in enumerate(latents):
         assert all(relative_error(x_0, other) > 0.01 for other in latents[:i])
 
@@ -129,7 +111,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipelines, sampler, eta):
 def test_initial_noise_takes_the_place_of_a_draw(pipelines):
     theirs, ours = prepare(pipelines, "sd1", "ddim")
     drawn = compare(theirs, ours, steps=2)
-    noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(2, 4, 8, 12, generator=seeded())
     *_, given = tinyti.sample(ours, PROMPTS, steps=2, x_T=noise)
     assert torch.equal(given, drawn)
 
@@ -144,6 +126,8 @@ def test_sizes(pipelines):
             ours.check_size(*size)
     with pytest.raises(ValueError, match="a size of 7 × 7 pixels"):
         next(tinyti.sample(ours, "a cat", size=7))
+    *_, x_0 = tinyti.sample(ours, "a cat", steps=1)  # the default is that of training
+    assert ours.size == 16 and x_0.shape == (1, 4, 8, 8) and ours.decode(x_0).shape == (1, 3, 16, 16)
 
 
 def test_bf16_with_its_state_in_fp32_is_nearer_to_fp32():
@@ -167,7 +151,7 @@ def test_bf16_with_its_state_in_fp32_is_nearer_to_fp32():
 
 def test_device_and_precision(monkeypatch):
     chosen, native = [], False
-    there = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append,
+    there = {"device_count": lambda: 2, "set_device": chosen.append,
              "is_bf16_supported": lambda including_emulation: including_emulation or native}  # fmt: skip
     for name, value in there.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -175,28 +159,21 @@ def test_device_and_precision(monkeypatch):
         assert pick_device() == ("cuda", dtype)
     assert pick_device("cuda:1", "fp16") == ("cuda:1", torch.float16)
     assert pick_device("cpu") == ("cpu", torch.float32)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device("cuda", "fp32") == ("cuda:1", torch.float32)
-    assert chosen == ["cuda", "cuda", "cuda:1", "cuda:1"]
-    monkeypatch.delenv("LOCAL_RANK")
     for device in ("cuda:2", "cpu:x", "cuda:", "gpu", "cuda:-1", ""):
         with pytest.raises(ValueError, match="--device"):
             pick_device(device)
-
-
-def test_default_size_is_that_of_training(pipelines):
-    _, ours = prepare(pipelines, "sd1", "ddim")
-    *_, x_0 = tinyti.sample(ours, "a cat", steps=1)
-    assert ours.size == 16 and x_0.shape == (1, 4, 8, 8) and ours.decode(x_0).shape == (1, 3, 16, 16)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda", "fp32") == ("cuda:1", torch.float32)
+    assert chosen == ["cuda", "cuda", "cuda:1", "cuda:1"]
 
 
 def test_latents_of_images_are_the_scaled_draw(pipelines):
     theirs, ours = prepare(pipelines, "sd1", "ddim")
-    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(2, 3, *SIZE, generator=seeded(0)) * 2 - 1
+    z = torch.randn(2, 4, 8, 12, generator=seeded(1))
     posterior = theirs.vae.encode(images).latent_dist
     wanted = (posterior.mean + posterior.std * z) * theirs.vae.config.scaling_factor
-    assert relative_error(wanted, ours.encode_images(images, torch.Generator().manual_seed(1))) <= 1e-5
+    assert relative_error(wanted, ours.encode_images(images, seeded(1))) <= 1e-5
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -204,7 +181,7 @@ def test_latents_of_images_are_the_scaled_draw(pipelines):
 def test_ldm(pipelines, eta, guidance):
     """The paper's own model; its pipeline takes a latent for 8 × 8 pixels, and draws noise unseeded."""
     theirs, ours = prepare(pipelines, "ldm", "ddim", set_alpha_to_one=True, steps_offset=0)
-    x_T = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    x_T = torch.randn(2, 4, 8, 12, generator=seeded())
     settings = {"num_inference_steps": 6, "guidance_scale": guidance, "eta": eta, "output_type": "np"}
     torch.manual_seed(0)
     wanted = theirs(PROMPTS, height=64, width=96, latents=x_T, **settings).images

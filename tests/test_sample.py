@@ -16,6 +16,10 @@ from .conftest import CONCEPTS
 pytestmark = pytest.mark.usefixtures("loaded")
 
 
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
 def draw(*args):
     return sample_py.main([*map(str, args), "--device", "cpu", "--size", "16"])
 
@@ -47,39 +51,25 @@ def test_a_picture_depends_on_its_seed_alone(word, tmp_path):
     flags = ("S* at night", "--words", word, "--steps", "3")
     draw(*flags, "--count", "3", "--out", tmp_path / "three")
     draw(*flags, "--count", "1", "--seed", "2", "--out", tmp_path / "one")
-    a, b = (
-        Image.open(tmp_path / f / "01-S-at-night-2.png").convert("RGB").tobytes() for f in ("three", "one")
-    )
-    assert max(abs(x - y) for x, y in zip(a, b)) <= 1  # rounding in kernels for other batch sizes
-
-
-def test_a_word_can_be_renamed(word, tmp_path):
-    assert draw("a <calico> at night", "--words", f"<calico>={word}", "--steps", "2", "--out", tmp_path) == 0
+    a, b = (pixels(tmp_path / folder / "01-S-at-night-2.png") for folder in ("three", "one"))
+    assert abs(a - b).max() <= 1  # rounding in kernels for other batch sizes
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
-def test_the_other_samplers(word, tmp_path, sampler):
-    flags = ("--words", word, "--sampler", sampler, "--steps", "3", "--count", "1", "--out", tmp_path)
-    assert draw("S*", *flags) == 0
+def test_the_other_samplers_of_a_renamed_word_in_a_long_prompt(word, tmp_path, sampler):
+    flags = ("--words", f"<calico>={word}", "--sampler", sampler, "--steps", "3", "--count", "1")
+    assert draw("<calico> 猫" + "猫" * 60, *flags, "--out", tmp_path) == 0
 
 
 def test_no_picture_takes_the_place_of_another(word, tmp_path, capsys):
-    prompts = ["S*", "S*!", "S*?", "(S*)"] * 25 + ["S*"]
-    assert draw(*prompts, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path) == 0
-    assert len(list(tmp_path.iterdir())) == 102
-    kept = (tmp_path / "001-S-0.png").read_bytes()
-    flags = ("--words", word, "--steps", "2", "--count", "1", "--out", tmp_path)
-    assert draw("S*", *flags) == 2 and "is there already" in capsys.readouterr().err
-    assert draw("S*", *flags, "--force") == 0
-    assert (tmp_path / "001-S-0.png").read_bytes() == kept
-
-
-def test_long_prompts_have_names_that_fit(word, tmp_path):
-    assert draw("S* 猫" + "猫" * 60, "--words", word, "--steps", "1", "--count", "1", "--out", tmp_path) == 0
-
-
-def pixels(file):
-    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+    flags = ("--words", word, "--steps", "1", "--count", "1", "--out", tmp_path)
+    assert draw("S*", "S*!", "S*?", "(S*)", *flags) == 0
+    assert len(list(tmp_path.iterdir())) == 5
+    kept = (tmp_path / "01-S-0.png").read_bytes()
+    assert draw("S*", *flags, "--steps", "2") == 2 and "is there already" in capsys.readouterr().err
+    assert (tmp_path / "01-S-0.png").read_bytes() == kept
+    assert draw("S*", *flags, "--steps", "2", "--force") == 0
+    assert (tmp_path / "01-S-0.png").read_bytes() != kept
 
 
 @pytest.fixture
@@ -138,12 +128,9 @@ def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
         lines = capsys.readouterr().err.splitlines()
         notes = [line for line in lines if "note:" in line or "do not fit" in line]
         assert len(notes) == (note is not None) and all(note in line for line in notes)
-
-
-def test_a_renamed_file_of_a_word_is_a_line(tmp_path, capsys):
     embeddings.write(tmp_path / "cat.pt", {"cat": torch.ones(1, 128)})
     (tmp_path / "cat.pt").rename(tmp_path / "dog.pt")
-    flags = ("--words", tmp_path / "dog.pt", "--steps", "1", "--count", "1", "--out", tmp_path / "out")
+    flags = ("--words", tmp_path / "dog.pt", *flags[2:], "--out", tmp_path / "out")
     assert draw("a photo of dog", *flags) == 0
     (note,) = (line for line in capsys.readouterr().err.splitlines() if "note:" in line)
     assert "cat" in note and "dog" in note
@@ -159,13 +146,11 @@ def test_sample_refuses(word, room, tmp_path, capsys):
         (["a cat", "--words", word], "no learned word"), (["W*", "--words", wide], "768"),
         (["a cat " * 40 + "S*", "--words", word], "behind"), (["S*", "--words", "no/such"], "no/such"),
         (["S*", "--words", word, "--size", "30"], "30"), (["S*", "--steps", "2000"], "2000"),
-        (["S*", "--count", "0"], "--count"), (["S*", "--words", word, word], "registered already"),
-        (["S*", "--guidance", "nan"], "--guidance"), (["S*", "--guidance", "1e30"], "--guidance"),
-        (["", "--words", word], "PROMPT"), (["S*", "--words", f"={word}"], "empty"),
+        (["S*", "--words", word, word], "registered already"), (["", "--words", word], "PROMPT"),
+        (["S*", "--words", f"={word}"], "empty"),
         (["a cat", "--attention"], "--words loads them"), (["S*", "--mask", mask], "--image"),
         ([*masked, tmp_path / "tall.png"], "same ratio"), ([*masked, "no.png"], "no.png: no such file"),
         ([*masked, tmp_path / "black.png"], "black"), ([*masked, tmp_path / "white.png"], "white"),
-        ([*masked, mask, "--strength", "1.1"], "1.1"), ([*masked, mask, "--strength", "nan"], "nan"),
         ([*masked, mask, "--strength", "0.01"], "leave a step"),
         ([*masked, mask, "--size", "16", "32"], "square"), (["a cat", "--image", word], "not a file"),
         (["a cat", "--image", "no.png"], "no such file"), (["a cat", "--image", wide], "not a picture"),

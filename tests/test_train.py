@@ -46,8 +46,11 @@ def contents(folder, names=VIEWS):
 
 
 def read_log(folder):
-    with open(folder / "log.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+
+
+def saved_step(folder):
+    return torch.load(folder / "state.pt", weights_only=True)["word"]["step"]
 
 
 def last_line(capsys):
@@ -83,24 +86,18 @@ def test_progress_shows_the_pictures_the_path_and_the_word(tmp_path, monkeypatch
     assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[1] - rows[2]).mean() > 0.1
 
 
-def test_the_result_is_the_same_to_the_byte_when_resumed(word, tmp_path):
-    train(*CAT, "--out", tmp_path, *FEW, "--steps", "3")
-    train(*CAT, "--out", tmp_path, *FEW, "--resume")
-    assert contents(tmp_path) == contents(word)
-
-
-def test_killed_at_any_moment_it_goes_on(word, tmp_path):
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(word, tmp_path):
     """SIGKILL, wherever it strikes; then --resume ends where an untouched run does."""
-    out = tmp_path / "killed"
-    flags = ["train.py", *CAT, "--out", out, *FEW, "--save-every", "1"]
-    process = start(*flags)
-    while not (out / "state.pt").exists():
+    flags = [*CAT, "--out", tmp_path, *FEW, "--save-every", "1"]
+    process = start("train.py", *flags)
+    while not (tmp_path / "state.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert train(*flags[1:], "--resume") in (0, 1)
-    assert contents(out) == contents(word)
+    for steps in (5, 6):  # and once more, from a run that ended
+        assert train(*flags, "--steps", steps, "--resume") in (0, 1)
+    assert contents(tmp_path) == contents(word)
 
 
 def test_an_interrupt_keeps_the_word(tmp_path):
@@ -112,8 +109,7 @@ def test_an_interrupt_keeps_the_word(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
     steps = [int(row["step"]) for row in read_log(tmp_path)]
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert steps == list(range(1, len(steps) + 1)) and state["word"]["step"] == steps[-1]
+    assert steps == list(range(1, len(steps) + 1)) and saved_step(tmp_path) == steps[-1]
 
 
 @pytest.mark.parametrize("program", ["train", "sample"])
@@ -129,7 +125,7 @@ def test_an_interrupt_during_the_imports_is_one_line(program, tmp_path):
 
 @pytest.mark.parametrize("place, saved", [
     ("train.read_folder", False), ("train.make_examples", False), ("tinyti.whitened.inverse_root", False),
-    ("tinyti.inversion.converged", False), ("train.diagnose", True), ("tinyti.run.grid", True),
+    ("train.diagnose", True), ("tinyti.run.grid", True),
 ])  # fmt: skip
 def test_an_interrupt_at_any_place_is_one_line(place, saved, word, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
@@ -137,8 +133,7 @@ def test_an_interrupt_at_any_place_is_one_line(place, saved, word, tmp_path, cap
 
     with monkeypatch.context() as patch:
         patch.setattr(place, interrupt)
-        early_stop = ["--optimizer", "adam"] if "converged" in place else []
-        out, flags = tmp_path / "S", [*FEW, "--save-every", "100", *early_stop]
+        out, flags = tmp_path / "S", [*FEW, "--save-every", "100"]
         assert train(*CAT, "--out", out, *flags) == 130
     error = capsys.readouterr().err
     assert "train.py: interrupted" in error.splitlines()[-1] and "Traceback" not in error
@@ -181,7 +176,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state(tmp_path, capsys, monkeyp
     monkeypatch.setattr(train_py.Inversion, "move", move)
     assert train(*CAT, "--out", tmp_path, *FEW, "--init", "cat") == 1
     assert "not a number" in capsys.readouterr().err
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["word"]["step"] == 2
+    assert saved_step(tmp_path) == 2
 
 
 def test_a_full_disk_leaves_the_last_good_files(word, tmp_path, capsys, monkeypatch):
@@ -196,8 +191,7 @@ def test_a_full_disk_leaves_the_last_good_files(word, tmp_path, capsys, monkeypa
         patch.setattr(os, "fsync", full)
         assert train(*CAT, "--out", tmp_path, *FEW) == 2
     assert "No space left" in last_line(capsys)
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["word"]["step"] == 2
-    assert not list(tmp_path.glob(".*"))
+    assert saved_step(tmp_path) == 2 and not list(tmp_path.glob(".*"))
     train(*CAT, "--out", tmp_path, *FEW, "--resume")
     assert contents(tmp_path) == contents(word)
 
@@ -211,12 +205,6 @@ def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_py, "invert", invert)
     assert train(*CAT, "--out", tmp_path / "S", *FEW) == 2
     assert "--accumulate" in last_line(capsys) and not (tmp_path / "S").exists()
-
-
-def test_memory_is_reported_also_where_the_system_does_not_say(monkeypatch):
-    assert "GiB" in cli.peak_memory(torch.device("cpu"))
-    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
-    assert cli.peak_memory(torch.device("cpu")) == ""
 
 
 def test_other_files_are_passed_over_and_subfolders_not_mentioned(tmp_path, capsys):
@@ -261,7 +249,8 @@ def test_a_name_is_refused_or_read_back(name, tmp_path, capsys):
 
 
 def test_as_many_vectors_as_every_prompt_has_room_for(tmp_path, capsys):
-    longest = max(len(cli_tokens(t.replace("{}", ""))) for t in OBJECT_TEMPLATES)
+    encode = cli.load_model(train_py.arguments(CAT)).tokenizer.encode
+    longest = max(len(encode(template.replace("{}", ""))) for template in OBJECT_TEMPLATES)
     out = tmp_path / "out"
     for count in (75 - longest + 1, 75):
         assert train(*CAT, "--out", out, *FEW, "--vectors", count) == 2
@@ -270,23 +259,16 @@ def test_as_many_vectors_as_every_prompt_has_room_for(tmp_path, capsys):
     assert load_file(out / "learned_embeds.safetensors")["S*"].shape[0] == 75 - longest
 
 
-def cli_tokens(text):
-    return cli.load_model(train_py.arguments(CAT)).tokenizer.encode(text)
-
-
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "no/such/folder"], "No such folder"), (["--images", "tinyti"], "No readable picture"),
-    (["--token", "a b"], "white"), (["--token", ""], "--token"), (["--token", "x" * 65], "65"),
-    (["--init", "zyxwvut"], "no single word"), (["--init", ""], "--init"), (["--weights", "no/it"], "no/it"),
-    (["--templates", "no.txt"], "no.txt"), (["--steps", "0"], "--steps"), (["--lr", "nan"], "--lr"),
-    (["--lr", "1e300"], "--lr"), (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"),
-    (["--size", "30"], "30"), (["--seed", str(2**63)], "--seed"), (["--out", ""], "--out"),
-    (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--device", "tpu"], "tpu"),
-    (["--device", "cpu:x"], "cpu:x"), (["--precision", "fp16"], "fp16"), (["--resume"], "no state.pt"),
+    (["--token", "a b"], "white"), (["--token", "x" * 65], "65"), (["--init", "zyxwvut"], "no single word"),
+    (["--weights", "no/it"], "no/it"), (["--templates", "no.txt"], "no.txt"), (["--size", "30"], "30"),
+    (["--timesteps", "0.9", "0.2"], "--timesteps is 0.9 0.2"), (["--device", "cuda:99"], "--device cpu"),
+    (["--out", str(CONCEPTS / "cat")], "where the pictures are"), (["--precision", "fp16"], "fp16"),
+    (["--resume"], "no state.pt"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
-    before = set((CONCEPTS / "cat").iterdir())
-    out = tmp_path / "out"
+    before, out = set((CONCEPTS / "cat").iterdir()), tmp_path / "out"
     assert train(*CAT, "--out", out, "--steps", "1", *arguments) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("train.py: ") and message in error
@@ -298,12 +280,6 @@ def test_a_template_without_the_word_is_refused(tmp_path, capsys):
         (tmp_path / "templates.txt").write_text(f"a photo of {{}}\n{line}\n")
         flags = (*CAT, "--out", tmp_path / "S", *FEW, "--templates", tmp_path / "templates.txt")
         assert train(*flags) == 2 and message in last_line(capsys)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_cuda_where_there_is_none(tmp_path, capsys):
-    assert train(*CAT, "--out", tmp_path / "S", *FEW, "--device", "cuda") == 2
-    assert "--device cpu" in last_line(capsys)
 
 
 def test_a_word_is_never_overwritten_by_accident(word, capsys):

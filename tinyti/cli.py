@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .model import LatentDiffusion, load, pick_device
@@ -29,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args
         for flag in (argument[:-3] for argument in args if argument.endswith("=--")):
-            self.error(f"argument {flag}: '--' is no value")  # argparse would take it for none at all
+            self.error(f"argument {flag}: '--' is no value")  # argparse before Python 3.13 takes it for none
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -37,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """The type of an argument: a finite number from `low` to `high`."""
+    """The type of an argument: a finite number from `low` to `high`, a whole one if `kind` is int."""
 
     def convert(text):
         try:
@@ -50,11 +49,6 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
         return value
 
     return convert
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an argument: a whole number from `low` to `high`."""
-    return number(low, high, int)
 
 
 def text(given: str) -> str:
@@ -73,7 +67,7 @@ def path(given: str) -> str:
     return given
 
 
-SEED = whole(0, 2**32 - 1)
+SEED = number(0, 2**32 - 1, int)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,19 +109,6 @@ def one_line(message: object) -> str:
     """A message without line breaks, which a file's name may hold, and of a length that one reads."""
     line = " ".join(str(message).split())
     return line if len(line) <= 1000 else line[:1000] + " ..."
-
-
-def peak_memory(device: torch.device) -> str:
-    """", 1.2 GiB at most" of this process; nothing where the system does not say."""
-    if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
-    else:
-        try:
-            import resource  # not on Windows
-        except ImportError:
-            return ""
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f", {most / 2**30:.1f} GiB at most"
 
 
 def run(program: str, function: Callable[[], int]) -> int:

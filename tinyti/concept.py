@@ -6,17 +6,11 @@ from torch import Tensor, nn
 
 
 class Concept(nn.Module):
-    """A learned word: its `name`, its fp32 `vectors` (n, D), and their n consecutive token `ids`.
-
-    Raises ValueError if the vectors are not (n, D) with one consecutive id each.
-    """
+    """A learned word: its `name`, its fp32 `vectors` (n, D), and their n consecutive token `ids`."""
 
     def __init__(self, name: str, vectors: Tensor, ids: list[int]):
         super().__init__()
-        ids = [int(id) for id in ids]
-        if not ids or vectors.ndim != 2 or ids != list(range(ids[0], ids[0] + len(vectors))):
-            found = f"{tuple(vectors.shape)} and {ids}"
-            raise ValueError(f"{name!r}: expected vectors of shape (n, D), n consecutive ids, got {found}")
+        assert vectors.ndim == 2 and ids == list(range(ids[0], ids[0] + len(vectors)))
         self.name = name
         self.ids = ids
         self.vectors = nn.Parameter(vectors.detach().to(torch.float32, copy=True))
@@ -27,11 +21,9 @@ class Concept(nn.Module):
 
         With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n a row starts several
         vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
-        two start equal.  Raises ValueError without rows.
+        two start equal.
         """
         m, rows = len(rows), rows.detach().float()
-        if m == 0:
-            raise ValueError("expected at least one vocabulary row to start from")
         if m >= n:
             shares = rows.tensor_split([i * m // n for i in range(1, n)])
             return torch.stack([share.mean(dim=0) for share in shares])  # (n, D)
@@ -46,11 +38,9 @@ class Concept(nn.Module):
         """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).
 
         `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without
-        them it is the word's.  Out of place, in the dtype of `embeds`.  Raises ValueError if D is not theirs.
+        them it is the word's.  Out of place, in the dtype of `embeds`.
         """
         B, (n, D) = len(ids), self.vectors.shape
-        if embeds.shape[-1] != D:
-            raise ValueError(f"{self.name!r} has {D} numbers per vector, this model wants {embeds.shape[-1]}")
         if vectors is None:
             vectors = self.vectors.expand(B, n, D)
         which = ids - self.ids[0]  # (B, T)

@@ -12,14 +12,12 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
-MOST_PIXELS = 12_000 * 9_000
-WHOLE_PIXELS = 24_000_000  # up to so many a JPEG is decoded as it is
-
 # No EPS, PDF or WMF among them, which Pillow hands to other programs.
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
 
-# What Pillow raises for damaged pictures of these formats.
-DAMAGED = (EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error)
+# What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
+DAMAGED = (EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
+           Image.DecompressionBombError)  # fmt: skip
 
 # EXIF's Orientation -> how to turn the picture upright.
 ORIENTATION = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
@@ -38,11 +36,10 @@ class Photo(NamedTuple):
 def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
-    `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored.  What else is there is passed over:
-    other files, and pictures that are damaged or have more than 12,000 x 9,000 pixels.
-
-    Returns the photos, `size` pixels square, and one line for each thing passed over.  FileNotFoundError if
-    there is no such folder, ValueError if it holds no readable picture or a caption that is not UTF-8 text.
+    `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored, other files and damaged pictures are
+    passed over.  Returns the photos, `size` pixels square, and one line for each thing passed over.
+    FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or a caption
+    that is not UTF-8 text.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -54,22 +51,24 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         if file.suffix == ".txt" and file.stem in captioned:
             continue
         try:
-            image = read_image(file, size)
+            pixels = to_tensor(read_image(file), size)
         except (OSError, ValueError) as error:
             passed_over.append(" ".join(str(error).splitlines()))
         else:
-            photos.append(Photo(file, to_tensor(image, size), read_caption(file)))
+            caption = file.with_suffix(".txt")
+            text = " ".join(_read_text(caption).split()) if caption.is_file() else ""
+            photos.append(Photo(file, pixels, text or None))
     if not photos:
         found = "; ".join(passed_over[:3]) or "nothing"
         raise ValueError(f"No readable picture in {folder}; give a folder with a few of them (found {found})")
     return photos, passed_over
 
 
-def read_image(file: str | Path, size: int | None = None) -> Image.Image:
+def read_image(file: str | Path) -> Image.Image:
     """Read one picture as upright RGB, the first frame if it moves; what is transparent shows white.
 
-    A JPEG of more than 24 megapixels may come smaller than it is, yet at least twice `size` (pixels).
-    FileNotFoundError if there is no such file, ValueError if it is no picture, damaged or has 32-bit values.
+    FileNotFoundError if there is no such file, ValueError if it is no picture, damaged, too large for Pillow
+    or has 32-bit values.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
@@ -79,18 +78,12 @@ def read_image(file: str | Path, size: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on large and on odd pictures
             with Image.open(file, formats=formats) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise Image.DecompressionBombError
-                if size and image.width * image.height > WHOLE_PIXELS:
-                    image.draft(None, (2 * size, 2 * size))
                 picture = to_rgb(image)
                 # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
                 turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
                 return picture if turn is None else picture.transpose(turn)
     except UnidentifiedImageError as error:
         raise ValueError(f"{file}: not a picture") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file}: more than 12,000 x 9,000 pixels; make it smaller") from error
     except DAMAGED as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
 
@@ -146,12 +139,6 @@ def grid(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> I
     return sheet
 
 
-def read_caption(picture: str | Path) -> str | None:
-    """The text of `cat.txt` for `cat.jpg`, on one line; None without one, ValueError if it is not UTF-8."""
-    file = Path(picture).with_suffix(".txt")
-    return " ".join(_read_text(file).split()) or None if file.is_file() else None
-
-
 # The 27 neutral templates in the paper's supplement.
 OBJECT_TEMPLATES = (
     "a photo of a {}", "a photo of the {}", "the photo of a {}", "a photo of my {}", "a photo of one {}",
@@ -179,10 +166,9 @@ def read_templates(file: str | Path) -> list[str]:
     """
     lines = [line.strip() for line in _read_text(Path(file)).splitlines()]
     templates = [line for line in lines if line and not line.startswith("#")]
-    for line in templates:
-        if "{}" not in line:
-            number = lines.index(line) + 1
-            raise ValueError(f"{file}, line {number}: '{line}' has no {{}} for the word")
+    if without := next((line for line in templates if "{}" not in line), None):
+        number = lines.index(without) + 1
+        raise ValueError(f"{file}, line {number}: '{without}' has no {{}} for the word")
     if not templates:
         raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
     return templates
@@ -200,8 +186,6 @@ def prompt(template: str, word: str, caption: str | None = None) -> str:
 
 
 def _read_text(file: Path) -> str:
-    if file.exists() and not file.is_file():  # a pipe or a device may never end
-        raise ValueError(f"{file}: not a file")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -122,10 +122,12 @@ class Schedule:
             return self.alpha_bar[t].item()
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
-    def ddim_step(self, x_t: Tensor, prediction: Tensor, t: int, t_prev: int,
+    def ddim_step(self, x_0: Tensor, eps: Tensor, t: int, t_prev: int,
                   eta: float = 0.0, z: Tensor | None = None) -> Tensor:  # fmt: skip
-        """x at t -> x at t_prev (2010.02502, eq. 12 and 16); z is the noise that eta > 0 adds."""
-        x_0, eps = self.split(x_t, prediction, t)
+        """The parts of x at t -> x at t_prev (2010.02502, eq. 12 and 16); z is the noise that eta > 0 adds.
+
+        With eta 1 it is a draw from q(x at t_prev | x at t, x_0), which is DDPM's step (2006.11239, eq. 7).
+        """
         a, a_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         x = math.sqrt(a_prev) * x_0 + math.sqrt(1 - a_prev - sigma**2) * eps
@@ -136,22 +138,12 @@ class Schedule:
         a_prev, a = self._alpha_bar(t_prev), self._alpha_bar(t)
         return math.sqrt(a / a_prev) * (x - math.sqrt(1 - a_prev) * eps) + math.sqrt(1 - a) * eps
 
-    def ddpm_step(self, x_t: Tensor, prediction: Tensor, t: int, t_prev: int, z: Tensor) -> Tensor:
-        """A draw from q(x at t_prev | x at t, x_0) (2006.11239, eq. 6 and 7); t_prev -1 is the picture."""
-        x_0, _ = self.split(x_t, prediction, t)
-        a, a_prev = self._alpha_bar(t), self._alpha_bar(t_prev) if t_prev >= 0 else 1.0
-        alpha = a / a_prev  # of all the steps from t_prev to t together
-        mean = (math.sqrt(a_prev) * (1 - alpha) * x_0 + math.sqrt(alpha) * (1 - a_prev) * x_t) / (1 - a)
-        return mean + math.sqrt((1 - a_prev) / (1 - a) * (1 - alpha)) * z
-
     def dpm_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int,
                  earlier: tuple[int, Tensor] | None = None) -> Tensor:  # fmt: skip
-        """x at t -> x at t_prev by DPM-Solver++(2M) (2211.01095, algorithm 2); t_prev -1 is the picture.
+        """x at t -> x at t_prev by DPM-Solver++(2M) (2211.01095, algorithm 2).
 
         `earlier` is (t, x_0) of the step before; without it the step is of first order.
         """
-        if t_prev < 0:
-            return x_0
         a, a_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         h = self._log_snr(t_prev) - self._log_snr(t)
         if earlier is not None:
@@ -182,6 +174,11 @@ def randn(shape: Sequence[int], generator: Generator | list[Generator] | None = 
     return z if like is None else z.to(like, non_blocking=like.is_cuda)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def denoise(predict: Callable[[Tensor, int], Tensor], x_T: Tensor, schedule: Schedule, steps: int = 50,
             sampler: str = "ddim", eta: float = 0.0, generator: Generator | list[Generator] | None = None,
             start: int = 0) -> Iterator[Tensor]:  # fmt: skip
@@ -199,16 +196,16 @@ def denoise(predict: Callable[[Tensor, int], Tensor], x_T: Tensor, schedule: Sch
         raise ValueError(f"start is {start}; it must lie in 0 … {steps - 1}, the steps that can be skipped")
     x, earlier = x_T, None
     for t, t_next in list(zip(ts, [*ts[1:], -1]))[start:]:
-        prediction = predict(x, t).to(x.dtype)
+        x_0, eps = schedule.split(x, predict(x, t).to(x.dtype), t)
         if sampler == "ddim":
             # Strides of equal length, as diffusers does, also where the spacing rounds to unequal ones.
             t_prev = t - schedule.num_train_timesteps // steps
             z = randn(x.shape, generator, x) if eta > 0 else None
-            x = schedule.ddim_step(x, prediction, t, t_prev, eta, z)
+            x = schedule.ddim_step(x_0, eps, t, t_prev, eta, z)
+        elif t_next < 0:
+            x = x_0
         elif sampler == "ddpm":
-            x = schedule.ddpm_step(x, prediction, t, t_next, randn(x.shape, generator, x))
+            x = schedule.ddim_step(x_0, eps, t, t_next, 1.0, randn(x.shape, generator, x))
         else:
-            x_0, _ = schedule.split(x, prediction, t)
-            x = schedule.dpm_step(x, x_0, t, t_next, earlier)
-            earlier = (t, x_0)
+            x, earlier = schedule.dpm_step(x, x_0, t, t_next, earlier), (t, x_0)
         yield x

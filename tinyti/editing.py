@@ -28,13 +28,9 @@ def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, 
     only that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
     ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
     """
-    prompts, images = _batch(model, prompts, image)
-    start = skipped(steps, strength)
-    t = model.schedule.timesteps(steps, sampler)[start]
-    x_0 = model.encode_images(images, generator).float()
-    x_t = model.schedule.add_noise(x_0, randn(x_0.shape, generator, x_0), t)
-    options |= {"steps": steps, "sampler": sampler, "generator": generator}
-    yield from sample(model, prompts, x_T=x_t, start=start, **options)
+    prompts, x_0, eps, ts = _begin(model, prompts, image, strength, steps, sampler, generator)
+    options |= {"x_T": model.schedule.add_noise(x_0, eps, ts[0]), "start": steps - len(ts)}
+    yield from sample(model, prompts, steps, sampler=sampler, generator=generator, **options)
 
 
 @torch.no_grad()
@@ -50,29 +46,23 @@ def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, m
     again, noised as far.  A latent is redrawn if any of its pixels is; `paste` brings the others back.
     ValueError as for `from_image`, or if the mask is not as large as the image.
     """
-    prompts, images = _batch(model, prompts, image)
-    if mask.shape[-2:] != images.shape[-2:]:
-        found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, images))
+    if mask.shape[-2:] != image.shape[-2:]:
+        found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, image))
         raise ValueError(f"the mask has {found} pixels, the image {expected}; make the mask by to_mask")
-    start = skipped(steps, strength)
-    x_0 = model.encode_images(images, generator).float()
-    eps = randn(x_0.shape, generator, x_0)
+    prompts, x_0, eps, ts = _begin(model, prompts, image, strength, steps, sampler, generator)
     inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
-    ts = model.schedule.timesteps(steps, sampler)
-    options |= {"steps": steps, "sampler": sampler, "generator": generator}
-    walk = sample(model, prompts, x_T=eps, start=start, **options)
-    for t, x in zip([*ts[start + 1 :], None], walk):
+    options |= {"x_T": eps, "start": steps - len(ts)}
+    walk = sample(model, prompts, steps, sampler=sampler, generator=generator, **options)
+    for t, x in zip([*ts[1:], None], walk):
         outside = x_0 if t is None else model.schedule.add_noise(x_0, eps, t)
         yield x.copy_(torch.where(inside, x, outside))  # in place: from here the walk goes on
 
 
 def skipped(steps: int, strength: float) -> int:
     """How many of the steps are left out at a strength; ValueError if it is not in 0 … 1, or all are."""
-    taken = int(steps * strength) if 0 <= strength <= 1 else 0
-    if taken < 1:
-        limits = "it must be at most 1 and leave a step to take"
-        raise ValueError(f"strength is {strength} of {steps} steps; {limits}")
-    return steps - taken
+    if not (0 <= strength <= 1 and int(steps * strength)):
+        raise ValueError(f"strength is {strength} of {steps} steps; it is at most 1, and must leave a step")
+    return steps - int(steps * strength)
 
 
 def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
@@ -89,11 +79,10 @@ def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
         window = {"kernel_size": 2 * feather + 1, "stride": 1, "padding": feather}
         mask = -F.max_pool2d(-mask, **window)  # far enough inside for the average to stay within the white
         mask = F.avg_pool2d(mask, **window, count_include_pad=False)
-    if not mask.any():
-        narrow = f" or narrower than {2 * feather + 1} pixels" if feather else ""
-        raise ValueError(f"the mask is black everywhere{narrow}; paint white what is to be redrawn")
-    if mask.all():
-        raise ValueError("the mask is white everywhere; paint black what is to stay, or leave out the mask")
+    if mask.all() or not mask.any():
+        narrow = f"black everywhere, but for less than {2 * feather + 1} pixels"
+        found = "white everywhere" if mask.all() else narrow
+        raise ValueError(f"the mask is {found}; paint white what is to be redrawn, black what is to stay")
     return mask
 
 
@@ -141,9 +130,8 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = torch.tensor(model.tokenizer.encode(word))
     at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
-    for prompt, found in zip(prompts, at_word.any(dim=1)):
-        if not found:
-            raise ValueError(f"{word!r} does not stand in the prompt {prompt!r}")
+    if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
+        raise ValueError(f"{word!r} does not stand in the prompt {without[0]!r}")
     heat = torch.zeros(len(prompts), *(size or (model.size, model.size)), device=model.device)
     shapes, hooks = [], []
 
@@ -178,8 +166,15 @@ def overlay(pictures: Tensor, heat: Tensor) -> Tensor:
 def _batch(model, prompts, image):
     """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    height, width = image.shape[-2:]
-    factor = model.vae.factor
+    (height, width), factor = image.shape[-2:], model.vae.factor
     if height % factor or width % factor:
         raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
     return prompts, image.expand(len(prompts), *image.shape[-3:])
+
+
+def _begin(model, prompts, image, strength, steps, sampler, generator):
+    """Prompts as a list of B, latents x_0 and noise eps (B, C, H/f, W/f), and the timesteps to be taken."""
+    prompts, images = _batch(model, prompts, image)
+    ts = model.schedule.timesteps(steps, sampler)[skipped(steps, strength) :]
+    x_0 = model.encode_images(images, generator).float()
+    return prompts, x_0, randn(x_0.shape, generator, x_0), ts

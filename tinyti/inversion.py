@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from .concept import Concept
 from .data import Photo, prompt
-from .diffusion import randn
+from .diffusion import randn, send
 from .model import LatentDiffusion
 from .whitened import adam, whitened
 
@@ -60,14 +60,13 @@ class Inversion:
     its gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
     """
 
-    def __init__(
-        self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
-    ):
+    def __init__(self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened",
+                 lr: float | None = None):  # fmt: skip
         function, default = OPTIMIZERS[optimizer]
-        settings = {"lr": lr or default}
+        self.optimizer = partial(function, lr=lr or default)
         if function is whitened:
-            settings["cap"] = CAP * model.text.table.float().norm(dim=-1).median().item()
-        self.optimizer = partial(function, **settings)
+            length = model.text.table.float().norm(dim=-1).median().item()
+            self.optimizer = partial(self.optimizer, cap=CAP * length)
         self.concept = concept
         self.start = self.path = self.word = concept.vectors.detach().clone()
         self.memory = {}  # the optimizer's
@@ -102,54 +101,56 @@ class Inversion:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to go on exactly from here, on the CPU."""
-        names = ("start", "path", "word", "memory", "scale", "step")
-        log = torch.stack(self.log[: self.step]) if self.step else self.start.new_zeros(0, 3)
-        state = {name: getattr(self, name) for name in names} | {"log": log}
-        return _to(state | {"evaluations": list(self.evaluations)}, "cpu")
+        names = ("start", "path", "word", "memory", "scale", "step", "evaluations")
+        log = torch.cat([self.start.new_zeros(0, 3), *(row[None] for row in self.log[: self.step])])
+        return _to({name: getattr(self, name) for name in names} | {"log": log}, "cpu")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
         state = _to(state, self.start.device)
-        self.__dict__.update(state | {name: list(state[name]) for name in ("evaluations", "log")})
+        self.__dict__.update(state, evaluations=[*state["evaluations"]], log=[*state["log"]])
         self.show(self.word)
 
 
-def invert(
-    model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
-    batch_size: int = BATCH_SIZE, seed: int = 0, early_stop: bool = False, accumulate: int = 1,
-    span: tuple[float, float] = TIMESTEPS,
-) -> Iterator[Inversion]:  # fmt: skip
+def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
+           batch_size: int = BATCH_SIZE, seed: int = 0, accumulate: int = 1,
+           span: tuple[float, float] = TIMESTEPS) -> Iterator[Inversion]:  # fmt: skip
     """Learn a word: a generator that yields it after each step, until it has taken `steps` in all.
 
     batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
-    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  early_stop: end where
-    `converged`; where the evaluation is no number it ends in any case.  The draws of a step depend on `seed`
-    and its number alone, so that a run which is resumed (Inversion.load_state_dict) or distributed walks the
-    same path.
+    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  Where the evaluation is no
+    number it ends early.  The draws of a step depend on `seed` and its number alone, so that a run which is
+    resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = [batch_size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
-    bounds = bounds[rank * accumulate : (rank + 1) * accumulate + 1]  # of this process's parts of the batch
-    evaluate_if_due(model, word, examples, seed, span)
-    while word.step < steps and math.isfinite(word.evaluations[-1]):
-        if early_stop and converged(word.evaluations):
-            break
+    parts = [slice(a, b) for a, b in pairwise(bounds)][rank * accumulate :][:accumulate]  # of this process
+    begun = word.step
+    while True:
+        if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
+            value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+            if ranks > 1:  # so that all agree when to end, down to the rounding
+                dist.broadcast(value, 0)
+            word.evaluations.append(value.item())
+        if word.step > begun:
+            yield word
+        if word.step >= steps or not math.isfinite(word.evaluations[-1]):
+            return
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
         vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # a copy for each sample
         values = x_0.new_zeros(batch_size)
-        for part in (slice(a, b) for a, b in pairwise(bounds) if a < b):
-            own = {word.concept.name: vectors[part]}
-            loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
-            (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
-            values[part] = loss.detach()
+        for part in parts:
+            if prompts[part]:
+                own = {word.concept.name: vectors[part]}
+                loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
+                (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
+                values[part] = loss.detach()
         if ranks > 1:  # the rows of the others are zero
             dist.all_reduce(vectors.grad)
             dist.all_reduce(values)
         word.move(vectors.grad / word.scale, values)
-        evaluate_if_due(model, word, examples, seed, span)
-        yield word
 
 
 def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -171,10 +172,8 @@ def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) ->
     return send(((low + (high - low) * u.double()) * T).long().clamp(max=T - 1), model.device)
 
 
-def losses(
-    model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str],
-    vectors: dict[str, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+def losses(model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str],
+           vectors: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
     """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32.
 
     `vectors` {word: (B, n, D)}: a copy for each sample, in the place of what the word is.
@@ -188,29 +187,12 @@ def losses(
 
 
 @torch.no_grad()
-def evaluate(
-    model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS, size: int = EVALUATIONS
-) -> float:  # fmt: skip
+def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS,
+             size: int = EVALUATIONS) -> float:  # fmt: skip
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
-    generator = Generator().manual_seed(seed + 2**62)  # not a step's
-    x_0, eps, _, prompts = draw(examples, size, generator)
+    x_0, eps, _, prompts = draw(examples, size, Generator().manual_seed(seed + 2**62))  # not a step's
     t = timestep_at((torch.arange(size) + 0.5) / size, model, span)
     return losses(model, x_0, eps, t, prompts).mean().item()
-
-
-def evaluate_if_due(model: LatentDiffusion, word: Inversion, examples: Examples, seed: int, span) -> None:
-    """Evaluate the word where its step is a multiple of EVALUATE_EVERY, but once."""
-    if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
-        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
-        if dist.is_initialized():  # so that all agree when to end, down to the rounding
-            dist.broadcast(value, 0)
-        word.evaluations.append(value.item())
-
-
-def converged(evaluations: list[float], window: int = 24, ratio: float = 0.05) -> bool:
-    """Whether the last evaluations vary little against all of them (DVAR, 2302.04841)."""
-    history = torch.tensor(evaluations, dtype=torch.float64)
-    return len(history) >= 2 * window and bool(history[-window:].var() < ratio**2 * history.var())
 
 
 def diagnose(word: Inversion) -> str | None:
@@ -223,11 +205,6 @@ def diagnose(word: Inversion) -> str | None:
     if last >= first:
         return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
     return None
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _to(state: Any, device: str | torch.device) -> Any:

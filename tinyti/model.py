@@ -11,13 +11,11 @@ from torch import Generator, Tensor
 from . import checkpoint, compvis
 from .clip import CLIP, CLIPText
 from .concept import Concept
-from .diffusion import Schedule, denoise, randn
+from .diffusion import Schedule, denoise, randn, send
 from .ldmbert import LDMBert
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
-
-LARGEST = 4096  # pixels per side
 
 
 @dataclass
@@ -50,8 +48,8 @@ class LatentDiffusion:
         The VAE takes multiples of its factor, and the UNet at least one latent at its lowest resolution.
         """
         least = self.vae.factor * 2 ** (len(self.unet.down_blocks) - 1)
-        if any(side % self.vae.factor or not least <= side <= LARGEST for side in (height, width)):
-            takes = f"multiples of {self.vae.factor} from {least} to {LARGEST}"
+        if any(side % self.vae.factor or not least <= side <= 4096 for side in (height, width)):
+            takes = f"multiples of {self.vae.factor} from {least} to 4096"
             found = f"a size of {height} × {width} pixels"
             raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
@@ -60,10 +58,9 @@ class LatentDiffusion:
 
         ValueError if the vectors are not as wide as the model's, or the name is taken or cannot be a word.
         """
-        width = self.text.table.shape[1]
-        if vectors.ndim != 2 or vectors.shape[1] != width:
-            found, expected = tuple(vectors.shape), f"(n, {width})"
-            raise ValueError(f"{name!r} has vectors of shape {found}, but this model's words have {expected}")
+        width, shape = self.text.table.shape[1], tuple(vectors.shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -73,8 +70,7 @@ class LatentDiffusion:
 
         `vectors` {word: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
         """
-        ids = self.tokenizer(prompts)
-        ids = (ids.pin_memory() if self.device.type == "cuda" else ids).to(self.device, non_blocking=True)
+        ids = send(self.tokenizer(prompts), self.device)
         embeds = self.text.embed(ids)
         for name, concept in self.concepts.items():
             embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
@@ -139,19 +135,19 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
     it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in there if there[kind]) if device == "auto" else device
-    kind, _, index = name.partition(":")
-    if kind not in there or not (index.isdecimal() if ":" in name else True):
-        raise ValueError(f"--device is {device!r}; there are auto, cuda, mps and cpu, and cuda:1 and so on")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        name, index = f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"]
-    if not there[kind] or int(index or 0) >= (torch.cuda.device_count() if kind == "cuda" else 1):
-        raise ValueError(f"--device {name}: PyTorch finds none on this machine; take --device cpu")
-    if kind == "cuda":
+    count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    there = [kind for kind in count if count[kind]]
+    name = there[0] if device == "auto" else device
+    is_cuda = name.startswith("cuda")
+    if is_cuda and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
+        raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
+                         "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
+    if is_cuda:
         torch.cuda.set_device(name)
     if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
-        native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
     return name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 

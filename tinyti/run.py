@@ -1,7 +1,6 @@
 """A run on disk: one file that is the run, written whole or not at all, and the files that show it."""
 
 import argparse
-import csv
 import hashlib
 import io
 import json
@@ -27,8 +26,7 @@ PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the
 STYLE_PREVIEWS = ("a cat in the style of {}", "a house in the style of {}", "a flower in the style of {}",
                   "a car in the style of {}", "a boat on the beach in the style of {}")  # fmt: skip
 PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
-MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device"}
-MAY_CHANGE |= {"no_early_stop", "gradient_checkpointing"}
+MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device", "gradient_checkpointing"}
 
 
 class Run:
@@ -45,94 +43,12 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         self.previews = {0: word.word}  # the vectors at PREVIEW_STEPS
         self.rows = {}  # the pictures of them, drawn when they are first shown
-        images = Path(args.images)
-        images = images.parent if images.is_file() else images
-        if os.path.realpath(self.folder) == os.path.realpath(images):
+        if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
             self._resume()
         elif not args.force and any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
             raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
-
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl  # not on Windows, where nothing keeps two runs apart
-        except ImportError:
-            return self
-        self._handle = os.open(self.folder, os.O_RDONLY)  # let go of by the system however the process ends
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._handle)
-            raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        try:
-            if kind is KeyboardInterrupt and self.word.step and self.word.is_finite():
-                self.save(draw=False)
-                step = self.word.step
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
-        finally:
-            if hasattr(self, "_handle"):
-                os.close(self._handle)
-            with suppress(OSError):
-                self.folder.rmdir()  # if nothing has been written
-
-    def keep(self) -> None:
-        """After each step: remember what is to be shown of it, and save every so often."""
-        self._remember()
-        if self.word.step % self.args.save_every == 0 and self.word.is_finite():
-            self.save()
-
-    def save(self, last: bool = False, draw: bool = True) -> None:
-        """Write everything that the folder holds: the state first."""
-        self._remember()
-        previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
-        state = {"settings": self.settings, "previews": previews, "word": self.word.state_dict()}
-        write_state(self.folder / "state.pt", state)
-        self.show(last, draw)
-
-    def _remember(self):
-        if self.word.step in PREVIEW_STEPS:
-            self.previews[self.word.step] = self.word.word
-
-    def show(self, last: bool = False, draw: bool = True) -> None:
-        """Write the files that show the state."""
-        embeddings.write(self.folder / WORD_FILE, {self.args.token: self.word.word})
-        with embeddings.atomic_write(self.folder / "settings.json") as file:
-            file.write(json.dumps(self.settings, indent=1).encode())
-        with embeddings.atomic_write(self.folder / "log.csv") as file:
-            lines = csv.writer(text := io.StringIO())
-            lines.writerow(("step", "loss", "evaluation", "gradient", "norm"))
-            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(self.word.evaluations)}
-            rows = torch.stack(self.word.log[: self.word.step]).tolist()
-            for step, (loss, gradient, norm) in enumerate(rows, 1):
-                lines.writerow((step, loss, evaluations.get(step, ""), gradient, norm))
-            file.write(text.getvalue().encode())
-        if not draw:
-            return
-        templates = STYLE_PREVIEWS if self.args.style else PREVIEWS
-        prompts = [template.replace("{}", self.args.token) for template in templates]
-        shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
-        for step, vectors in self.previews.items():
-            if step not in self.rows:
-                self.rows[step] = self.pictures(vectors, prompts)
-            shown.append((f"step {step}", self.rows[step]))
-        if last:
-            shown.append((f"step {self.word.step}, the word", self.pictures(self.word.word, prompts)))
-        with embeddings.atomic_write(self.folder / "progress.png") as file:
-            grid(shown, footer=prompts).save(file, format="PNG")
-
-    def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
-        """A picture for each prompt with these vectors, always from the same noise."""
-        self.word.show(vectors)
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        settings = {"steps": 10, "sampler": "dpm++", "guidance": cli.GUIDANCE, "size": self.args.size}
-        *_, x_0 = sample(self.model, prompts, generator=generators, **settings)
-        self.word.show(self.word.word)
-        return [to_image(pixels) for pixels in self.model.decode(x_0)]
 
     def _resume(self):
         """Take up the state of the folder."""
@@ -146,6 +62,81 @@ class Run:
         self.word.load_state_dict(state["word"])
         self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
 
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(ImportError):
+            import fcntl  # not on Windows, where nothing keeps two runs apart
+
+            self.handle = os.open(self.folder, os.O_RDONLY)  # the system closes it, however the process ends
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self.handle)
+                raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if kind is KeyboardInterrupt and self.word.step and self.word.is_finite():
+                self.save(draw=False)
+                step = self.word.step
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
+        finally:
+            if hasattr(self, "handle"):
+                os.close(self.handle)
+            with suppress(OSError):
+                self.folder.rmdir()  # if nothing has been written
+
+    def keep(self) -> None:
+        """After each step: remember what is to be shown of it, and save every so often."""
+        self._remember()
+        if self.word.step % self.args.save_every == 0 and self.word.is_finite():
+            self.save()
+
+    def save(self, last: bool = False, draw: bool = True) -> None:
+        """Write everything that the folder holds: the state first, then what shows it."""
+        self._remember()  # Ctrl-C may have come before `keep`
+        word = self.word.state_dict()
+        previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
+        state = {"settings": self.settings, "previews": previews, "word": word}
+        write_state(self.folder / "state.pt", state)
+        embeddings.write(self.folder / WORD_FILE, {self.args.token: self.word.word})
+        with embeddings.atomic_write(self.folder / "settings.json") as file:
+            file.write(json.dumps(self.settings, indent=1).encode())
+        with embeddings.atomic_write(self.folder / "log.csv") as file:
+            file.write(b"step,loss,evaluation,gradient,norm\n")
+            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(word["evaluations"])}
+            for step, (loss, gradient, norm) in enumerate(word["log"].tolist(), 1):
+                file.write(f"{step},{loss},{evaluations.get(step, '')},{gradient},{norm}\n".encode())
+        if draw:
+            with embeddings.atomic_write(self.folder / "progress.png") as file:
+                self.progress(last).save(file, format="PNG")
+
+    def _remember(self):
+        if self.word.step in PREVIEW_STEPS:
+            self.previews[self.word.step] = self.word.word
+
+    def progress(self, last: bool) -> Image.Image:
+        """A sheet of what the word was learned from, and of what it drew along the way."""
+        templates = STYLE_PREVIEWS if self.args.style else PREVIEWS
+        prompts = [template.replace("{}", self.args.token) for template in templates]
+        for step in self.previews.keys() - self.rows.keys():
+            self.rows[step] = self.pictures(self.previews[step], prompts)
+        shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
+        shown += [(f"step {step}", self.rows[step]) for step in self.previews]
+        if last:
+            shown.append((f"step {self.word.step}, the word", self.pictures(self.word.word, prompts)))
+        return grid(shown, footer=prompts)
+
+    def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
+        """A picture for each prompt with these vectors, always from the same noise."""
+        self.word.show(vectors)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        settings = {"steps": 10, "sampler": "dpm++", "guidance": cli.GUIDANCE, "size": self.args.size}
+        *_, x_0 = sample(self.model, prompts, generator=generators, **settings)
+        self.word.show(self.word.word)
+        return [to_image(pixels) for pixels in self.model.decode(x_0)]
+
 
 def write_state(file: Path, state: dict) -> None:
     """Write what torch.load reads, and behind it the digest by which `read_state` knows it again."""
@@ -157,11 +148,9 @@ def write_state(file: Path, state: dict) -> None:
 def read_state(file: Path) -> dict:
     """What `write_state` wrote, on the CPU; ValueError for any other bytes, of which no code is run."""
     data = file.read_bytes()
-    try:
+    with suppress(pickle.UnpicklingError):
         if data[-32:] == _digest(data[:-32]):
             return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        pass
     raise ValueError(f"--resume: {file} is damaged, or of another version; start again with --force")
 
 
