@@ -317,7 +317,7 @@ def test_other_files(tmp_path):
     with open(tmp_path / "model.ckpt", "wb") as stream:
         stream.truncate(4 * 2**30)  # sparse: takes no room
     refuse(tmp_path / "model.ckpt", "4,096 MiB")
-    refuse(tmp_path / "none\n.pt", "No such file", error=FileNotFoundError)
+    refuse(tmp_path / "none\n.pt", "is missing", error=FileNotFoundError)
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "learned_embeds.safetensors", error=FileNotFoundError)
 
