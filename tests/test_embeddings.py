@@ -248,8 +248,8 @@ class Rebuilt:
         ({7: vectors(1)}, "the key 7"),
         ({torch.zeros(9): vectors(1)}, "the key"),
         ([vectors(1)], "a list"),
-        ({"S*": vectors(1).to_sparse()}, "float32"),
-        ({"S*": torch.empty(768, device="meta")}, "without its values"),
+        ({"S*": vectors(1).to_sparse()}, "sparse"),
+        ({"S*": torch.empty(768, device="meta")}, "on meta"),
         ({"S*": Rebuilt((2, 768), (768, 1))}, "damaged"),
         ({"S*": Rebuilt((768,), (1000,))}, "damaged"),
         ({"S*": Rebuilt((75, 10**9), (0, 0))}, "[75, 1000000000]"),
@@ -306,7 +306,7 @@ def test_pictures_that_lost_their_word(tmp_path, format):
 ])  # fmt: skip
 def test_damaged_pictures(tmp_path, text):
     picture(tmp_path / "x.png", text)
-    refuse(tmp_path / "x.png", "damaged or unknown picture")
+    refuse(tmp_path / "x.png", "damaged or unknown file")
 
 
 def test_other_files(tmp_path):
@@ -493,7 +493,7 @@ def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
     ("x.bin", {"S*": vectors(1)}, ".bin"), ("x", {"S*": vectors(1)}, "ends in .safetensors or .pt"),
     ("x.pt", {"a": vectors(1), "b": vectors(1)}, "2 words"), ("x.safetensors", {}, "0 words"),
     ("x.safetensors", {"S*": torch.full((1, 8), float("nan"))}, "NaN"),
-    ("x.safetensors", {"S*": torch.empty(8, device="meta")}, "without its values"),
+    ("x.safetensors", {"S*": torch.empty(8, device="meta")}, "on meta"),
     ("x.safetensors", {"": vectors(1)}, "'' cannot be the name"),
     ("x.pt", {"emb_params": vectors(1)}, "cannot be the name"),
     ("none/x.pt", {"S*": vectors(1)}, "No such folder"),

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import safetensors.torch
 import torch
@@ -165,53 +166,47 @@ def _find(path: Path) -> Path:
 
 
 def _load(file: Path):
-    """What the file holds.  Its first bytes say which container it is; the suffix is often wrong."""
+    """What the file holds."""
     if (size := file.stat().st_size) > MOST_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
-    is_picture = data.startswith(PICTURES)
-    if is_picture and b"sd-ti-embedding" not in data:
+    if data.startswith(PICTURES) and b"sd-ti-embedding" not in data:
         advice = "saving a picture anew loses it; ask for the original, or a .pt"
         raise _refusal(file, "a picture without a word's data", advice=advice)
-    load = _load_picture if is_picture else _load_safetensors if data[8:9] == b"{" else _load_pickle
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old pickles and large pictures
-            return load(data)
-    except Exception as error:  # there is hardly one that damaged bytes do not raise
-        if call := load is _load_pickle and re.search(r"GLOBAL (\S+)", str(error)):
+            return _parse(data)
+    except Exception as error:  # there is hardly a kind that damaged bytes do not raise
+        found, advice = "a damaged or unknown file", "fetch it again"
+        if call := isinstance(error, UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
             found = f"a pickle that would call {call[1]}, which was not run"
-            raise _refusal(file, found, advice="ask for a .safetensors file") from error
-        kind = load.__name__.removeprefix("_load_")
-        raise _refusal(file, f"a damaged or unknown {kind}", advice="fetch it again") from error
+            advice = "ask for a .safetensors file"
+        raise _refusal(file, found, advice=advice) from error
 
 
-def _load_safetensors(data: bytes) -> dict[str, Tensor]:
-    tensors = safetensors.torch.load(data)  # in any order
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
-    marks = header.pop("__metadata__", {})
-    words = [key for key in header if marks.get(key) == "<embed>"]
-    return {key: tensors[key] for key in words or header}
+def _parse(data: bytes):
+    """What bytes hold.  The first say which container it is; the file's suffix is often wrong."""
+    if data[8:9] == b"{":
+        tensors = safetensors.torch.load(data)  # in any order
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
+        marks = header.pop("__metadata__", {})
+        words = [key for key in header if marks.get(key) == "<embed>"]
+        return {key: tensors[key] for key in words or header}
 
+    if data.startswith(PICTURES):  # AUTOMATIC1111's PNG: base64 of JSON in a text chunk
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            text = base64.b64decode(image.text["sd-ti-embedding"])
+        tensor = "TORCHTENSOR"
+        contents = json.loads(text, object_hook=lambda x: torch.tensor(x[tensor]) if tensor in x else x)
+        words = contents["string_to_param"]
+        if "*" in words and contents.get("name"):
+            words[contents["name"]] = words.pop("*")  # of a picture it is the name inside that counts
+        return {"string_to_param": words}
 
-def _load_pickle(data: bytes):
     with torch.serialization.safe_globals([nn.ParameterDict]):  # which the official files hold
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _load_picture(data: bytes) -> dict:
-    """AUTOMATIC1111's PNG: base64 of JSON in a text chunk, with tensors as {"TORCHTENSOR": lists}."""
-
-    def decode(entry):
-        return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
-
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        contents = json.loads(base64.b64decode(image.text["sd-ti-embedding"]), object_hook=decode)
-    parameters = contents["string_to_param"]
-    if "*" in parameters and contents.get("name"):
-        parameters[contents["name"]] = parameters.pop("*")  # of a picture it is the name inside that counts
-    return {"string_to_param": parameters}
 
 
 def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
@@ -250,15 +245,14 @@ def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
     """One word's vectors as (n, D), fp32, on the CPU, contiguous."""
     if not _is_name(word):
         raise _refusal(file, f"the key {word!r}")
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in FLOATS:
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise _refusal(file, f"'{word}' of the type {kind}")
+    if not isinstance(tensor, Tensor):
+        raise _refusal(file, f"'{word}' of the type {type(tensor).__name__}")
     vectors = tensor.detach()[None] if tensor.ndim == 1 else tensor.detach()  # (n, D)
     n, width = vectors.shape if vectors.ndim == 2 else (0, 0)
-    if not 1 <= n <= MOST_VECTORS or not 1 <= width <= MOST_WIDTH:
-        raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)}")
-    if tensor.is_meta:
-        raise _refusal(file, f"'{word}' without its values")
+    is_plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+    if not (is_plain and 1 <= n <= MOST_VECTORS and 1 <= width <= MOST_WIDTH):
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)} ({kind})")
     vectors = vectors.to("cpu", torch.float32).contiguous()
     if not vectors.isfinite().all():
         raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
@@ -311,7 +305,7 @@ def _convert(options) -> int:
         norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
         print(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
         if model:
-            concept, token = tinyti.Concept(word, vectors, [*range(len(vectors))]), model.tokenizer.token
+            concept, token = tinyti.Concept(word, vectors, range(len(vectors))), model.tokenizer.token
             for row in concept.nearest(model.text.table, among=model.tokenizer.word_ids()):
                 print("  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row))
     if options.OUT:
