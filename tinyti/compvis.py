@@ -196,7 +196,6 @@ def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=count(weights, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=width // 64,
-        max_position_embeddings=weights["embeddings.position_embedding.weight"].shape[0],
         hidden_act=activation,
     )
 
@@ -206,7 +205,6 @@ def ldmbert_config(weights: dict[str, Tensor]) -> LDMBertConfig:
     vocab_size, width = weights["model.embed_tokens.weight"].shape
     return LDMBertConfig(
         vocab_size=vocab_size,
-        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
         encoder_layers=count(weights, r"model\.layers\.(\d+)\."),
         encoder_ffn_dim=weights["model.layers.0.fc1.weight"].shape[0],
         head_dim=weights["model.layers.0.self_attn.q_proj.weight"].shape[0] // 8,
