@@ -33,8 +33,6 @@ DOWNLOAD = (
 )
 NETWORKS = {UNetConfig: UNet, VAEConfig: VAE, TextConfig: CLIPText, LDMBertConfig: LDMBert, CLIPConfig: CLIP}
 
-LATER = ("text_encoder_2", "transformer")  # folders that Stable Diffusion XL, 3 and Flux have
-
 # Settings that change the numbers but no name or shape of a weight, and their values in our networks.
 FIXED = {
     UNetConfig: {
@@ -163,8 +161,9 @@ def read_folder(path: Path) -> Checkpoint:
     FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
     """
     with describes(path, "latent diffusion model"):
-        if found := [part for part in LATER if (path / part).exists()]:
-            raise ValueError(f"it has a {found[0]}, as Stable Diffusion XL, 3 and Flux have them")
+        for part in ("text_encoder_2", "transformer"):
+            if (path / part).exists():
+                raise ValueError(f"it has a {part}, as Stable Diffusion XL, 3 and Flux have them")
     bert = not (path / "text_encoder").exists() and (path / "bert").exists()
     folders = ("unet", "vae" if (path / "vae").exists() else "vqvae", "bert" if bert else "text_encoder")
     parts = []
@@ -224,12 +223,14 @@ def read_config(kind: type, raw: dict, path: Path):
             value = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
             if value is None:
                 continue
-            if name in fixed and value not in fixed[name]:
-                raise ValueError(f"{name} is {value!r:.100}, expected {' or '.join(map(repr, fixed[name]))}")
+            if name in fixed:
+                is_ours, expected = value in fixed[name], " or ".join(map(repr, fixed[name]))
+            else:
+                is_ours = fits(value, types[name], most=2**7 if "layers" in name else 2**20)
+                expected = inspect.formatannotation(types[name])
+            if not is_ours:
+                raise ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}")
             if name in types:
-                if not fits(value, types[name], most=2**7 if "layers" in name else 2**20):
-                    expected = inspect.formatannotation(types[name])
-                    raise ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}")
                 values[name] = value
         return kind(**values)
 
