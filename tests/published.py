@@ -16,14 +16,8 @@ from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 from .conftest import randomise
 
 # What the original training code of all three families does, as diffusers writes it down.
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
 
 
 def clip_vocabulary(folder):
@@ -127,32 +121,25 @@ def tiny_ldm(folder, **scheduler):
 class Layout(dict):
     """A state dictionary that is filled module by module."""
 
-    def put(self, name, module):
-        """All weights of a module under a name."""
-        for key, weight in module.state_dict().items():
-            self[f"{name}.{key}"] = weight
-
-    def put_convolution(self, name, linear):
-        """A linear layer, where the original has a 1×1 convolution."""
-        self[f"{name}.weight"] = linear.weight.detach()[:, :, None, None]
-        self[f"{name}.bias"] = linear.bias.detach()
+    def put(self, name, module, parts=None):
+        """All weights of a module under a name, or those of its parts {new: old}."""
+        for new, old in (parts or {"": ""}).items():
+            for key, weight in module.get_submodule(old).state_dict().items():
+                self[".".join(filter(None, (name, new, key)))] = weight
 
 
 def _unet_resnet(layout, name, resnet):
-    layout.put(f"{name}.in_layers.0", resnet.norm1)
-    layout.put(f"{name}.in_layers.2", resnet.conv1)  # 1 and 3 are activations
-    layout.put(f"{name}.emb_layers.1", resnet.time_emb_proj)
-    layout.put(f"{name}.out_layers.0", resnet.norm2)
-    layout.put(f"{name}.out_layers.3", resnet.conv2)  # 1 is an activation, 2 dropout
-    if resnet.conv_shortcut is not None:
-        layout.put(f"{name}.skip_connection", resnet.conv_shortcut)
+    # Between them are activations and dropout.
+    parts = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+             "out_layers.0": "norm2", "out_layers.3": "conv2"}  # fmt: skip
+    shortcut = {"skip_connection": "conv_shortcut"} if resnet.conv_shortcut is not None else {}
+    layout.put(name, resnet, parts | shortcut)
 
 
 def original_unet(unet):
     """openaimodel.UNetModel: two flat lists of short sequences, and a middle."""
     layout = Layout()
-    layout.put("time_embed.0", unet.time_embedding.linear_1)
-    layout.put("time_embed.2", unet.time_embedding.linear_2)
+    layout.put("time_embed", unet.time_embedding, {"0": "linear_1", "2": "linear_2"})
     layout.put("input_blocks.0.0", unet.conv_in)
     n = 1
     for block in unet.down_blocks:
@@ -177,31 +164,27 @@ def original_unet(unet):
                 place = 2 if hasattr(block, "attentions") else 1
                 layout.put(f"output_blocks.{n}.{place}.conv", block.upsamplers[0].conv)
             n += 1
-    layout.put("out.0", unet.conv_norm_out)
-    layout.put("out.2", unet.conv_out)
+    layout.put("out", unet, {"0": "conv_norm_out", "2": "conv_out"})
     return layout
 
 
 def _vae_resnet(layout, name, resnet):
-    for part in ("norm1", "conv1", "norm2", "conv2"):
-        layout.put(f"{name}.{part}", getattr(resnet, part))
-    if resnet.conv_shortcut is not None:
-        layout.put(f"{name}.nin_shortcut", resnet.conv_shortcut)
+    shortcut = {"nin_shortcut": "conv_shortcut"} if resnet.conv_shortcut is not None else {}
+    layout.put(name, resnet, {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | shortcut)
 
 
 def original_vae(vae):
     """autoencoder.AutoencoderKL: both halves count their resolutions from the finest, the decoder too."""
     layout = Layout()
     for name, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
-        layout.put(f"{name}.conv_in", half.conv_in)
+        layout.put(name, half, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
         for i, resnet in enumerate(half.mid_block.resnets):
             _vae_resnet(layout, f"{name}.mid.block_{i + 1}", resnet)
-        attention = half.mid_block.attentions[0]
-        layout.put(f"{name}.mid.attn_1.norm", attention.group_norm)
-        layout.put_convolution(f"{name}.mid.attn_1.q", attention.to_q)
-        layout.put_convolution(f"{name}.mid.attn_1.k", attention.to_k)
-        layout.put_convolution(f"{name}.mid.attn_1.v", attention.to_v)
-        layout.put_convolution(f"{name}.mid.attn_1.proj_out", attention.to_out[0])
+        attention, mid = half.mid_block.attentions[0], f"{name}.mid.attn_1"
+        layout.put(mid, attention, {"norm": "group_norm"})
+        for new, old in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
+            layout.put(mid, attention, {new: old})
+            layout[f"{mid}.{new}.weight"] = layout[f"{mid}.{new}.weight"][:, :, None, None]  # a convolution
         blocks = list(half.down_blocks) if name == "encoder" else list(half.up_blocks)[::-1]
         way = "down" if name == "encoder" else "up"
         for i, block in enumerate(blocks):
@@ -210,10 +193,7 @@ def original_vae(vae):
             samplers = block.downsamplers if way == "down" else block.upsamplers
             if samplers:
                 layout.put(f"{name}.{way}.{i}.{way}sample", samplers[0])
-        layout.put(f"{name}.norm_out", half.conv_norm_out)
-        layout.put(f"{name}.conv_out", half.conv_out)
-    layout.put("quant_conv", vae.quant_conv)
-    layout.put("post_quant_conv", vae.post_quant_conv)
+    layout.put("", vae, {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"})
     return layout
 
 
@@ -238,11 +218,9 @@ def original_openclip(text, extra=True):
         thirds = (attention.q_proj, attention.k_proj, attention.v_proj)
         layout[f"{name}.attn.in_proj_weight"] = torch.cat([part.weight.detach() for part in thirds])
         layout[f"{name}.attn.in_proj_bias"] = torch.cat([part.bias.detach() for part in thirds])
-        layout.put(f"{name}.attn.out_proj", attention.out_proj)
-        layout.put(f"{name}.ln_1", layer.layer_norm1)
-        layout.put(f"{name}.ln_2", layer.layer_norm2)
-        layout.put(f"{name}.mlp.c_fc", layer.mlp.fc1)
-        layout.put(f"{name}.mlp.c_proj", layer.mlp.fc2)
+        layout.put(name, layer, {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+                                 "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
+                                 "ln_2": "layer_norm2"})  # fmt: skip
     layout.put("model.ln_final", text.final_layer_norm)
     if extra:
         width = text.config.hidden_size
@@ -254,21 +232,16 @@ def original_openclip(text, extra=True):
 
 def original_bert(bert):
     """BERTEmbedder: x_transformers' TransformerWrapper, whose list alternates attention and feed-forward."""
-    layout, inner = Layout(), bert.model
-    layout.put("transformer.token_emb", inner.embed_tokens)
-    layout.put("transformer.pos_emb.emb", inner.embed_positions)
-    for i, layer in enumerate(inner.layers):
-        attend, forward = (f"transformer.attn_layers.layers.{2 * i + odd}" for odd in (0, 1))
-        layout.put(f"{attend}.0", layer.self_attn_layer_norm)
-        layout.put(f"{attend}.1.to_q", layer.self_attn.q_proj)
-        layout.put(f"{attend}.1.to_k", layer.self_attn.k_proj)
-        layout.put(f"{attend}.1.to_v", layer.self_attn.v_proj)
-        layout.put(f"{attend}.1.to_out", layer.self_attn.out_proj)
-        layout.put(f"{forward}.0", layer.final_layer_norm)
-        layout.put(f"{forward}.1.net.0.0", layer.fc1)
-        layout.put(f"{forward}.1.net.2", layer.fc2)
-    layout.put("transformer.norm", inner.layer_norm)
-    layout.put("transformer.to_logits", bert.to_logits)
+    layout = Layout()
+    layout.put("transformer", bert, {"token_emb": "model.embed_tokens", "norm": "model.layer_norm",
+                                     "pos_emb.emb": "model.embed_positions",
+                                     "to_logits": "to_logits"})  # fmt: skip
+    attention = {"0": "self_attn_layer_norm", "1.to_q": "self_attn.q_proj", "1.to_k": "self_attn.k_proj",
+                 "1.to_v": "self_attn.v_proj", "1.to_out": "self_attn.out_proj"}  # fmt: skip
+    forward = {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"}
+    for i, layer in enumerate(bert.model.layers):
+        layout.put(f"transformer.attn_layers.layers.{2 * i}", layer, attention)
+        layout.put(f"transformer.attn_layers.layers.{2 * i + 1}", layer, forward)
     return layout
 
 

@@ -14,8 +14,6 @@ from .unet import UNetConfig
 from .vae import VAEConfig
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
-FOREIGN = {"conditioner.embedders.": "Stable Diffusion XL", "joint_blocks.": "Stable Diffusion 3",
-           "double_blocks.": "Flux"}  # beginnings of keys that belong to other families  # fmt: skip
 # What the original code of all three models does.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
             "set_alpha_to_one": False, "prediction_type": "epsilon"}  # fmt: skip
@@ -48,13 +46,10 @@ def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
 
 def split(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The weights of UNet, VAE and text transformer, each without its prefix."""
-    for key in weights:
-        for beginning, family in FOREIGN.items():
-            if key.removeprefix(PREFIXES[0]).startswith(beginning):
-                raise ValueError(f"it is {family}")
     parts = [{k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PREFIXES]
     if not all(parts):
-        raise ValueError(f"it has no {PREFIXES[parts.index({})]}* keys, so it is no complete model")
+        hint = "it is a part of a model, or, like Stable Diffusion XL, 3 and Flux, of another family"
+        raise ValueError(f"it has no {PREFIXES[parts.index({})]}* keys; {hint}")
     # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
     for key in weights:
         if "." in key and not key.startswith((*PREFIXES, "model_ema.")):
@@ -201,7 +196,6 @@ def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=count(weights, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=width // 64,
-        max_position_embeddings=weights["embeddings.position_embedding.weight"].shape[0],
         hidden_act=activation,
     )
 
@@ -211,7 +205,6 @@ def ldmbert_config(weights: dict[str, Tensor]) -> LDMBertConfig:
     vocab_size, width = weights["model.embed_tokens.weight"].shape
     return LDMBertConfig(
         vocab_size=vocab_size,
-        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
         encoder_layers=count(weights, r"model\.layers\.(\d+)\."),
         encoder_ffn_dim=weights["model.layers.0.fc1.weight"].shape[0],
         head_dim=weights["model.layers.0.self_attn.q_proj.weight"].shape[0] // 8,

@@ -7,18 +7,15 @@ import base64
 import io
 import json
 import os
-import pickle
 import re
-import struct
 import sys
-import tarfile
 import unicodedata
 import warnings
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import safetensors.torch
 import torch
@@ -37,30 +34,24 @@ UNNAMED = ("emb_params", "emp_params", "clip_l")
 # Keys that tell the format of a file, and so are no names of words.
 RESERVED = (*UNNAMED, "clip_g", "emp_params_out", "string_to_param", "__metadata__")
 
-PNG = b"\x89PNG"
-PICTURES = (PNG, b"RIFF", b"\xff\xd8\xff", b"\xff\x0a", b"\0\0\0\x0cJXL", b"\0\0\0 ftypavif")  # RIFF is WebP
-
-# What the readers of pictures, JSON, safetensors and pickles raise for damaged bytes in memory.
-DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-    RuntimeError, SyntaxError, TypeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError,
-    struct.error, tarfile.TarError, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+PICTURES = (b"\x89PNG", b"RIFF", b"\xff\xd8\xff")  # RIFF is WebP
 
 
-def read(path: str | Path, width: int | None = None) -> dict[str, Tensor]:
+def read(path: str | Path, width: int | None = None,
+         warn: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:  # fmt: skip
     """Read the learned words in a file, or in a folder that train.py wrote: {word: (n, D)}, fp32, on the CPU.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
     kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word that is no key of the file is
-    named after the file, as in AUTOMATIC1111; a UserWarning tells of another name inside.  A pickle never
-    gets to run code.  `width` is the D of the model that the words are for, if there is one.
+    named after the file, as in AUTOMATIC1111; `warn` is told of another name inside.  A pickle never gets to
+    run code.  `width` is the D of the model that the words are for, if there is one.
 
     FileNotFoundError if there is no such file, or the folder holds no `learned_embeds`; ValueError for what
     is no learned word for these models, or has another width.
     """
     file = _find(Path(path))
-    words = {word: _check(tensor, word, file) for word, tensor in _find_words(_load(file), file).items()}
+    found = _find_words(_load(file), file, warn)
+    words = {word: _check(tensor, word, file) for word, tensor in found.items()}
     widths = sorted({vectors.shape[1] for vectors in words.values()})
     if len(widths) > 1:
         raise _refusal(file, f"tensors of the widths {widths}")
@@ -165,8 +156,7 @@ def _find(path: Path) -> Path:
     names = ("learned_embeds.safetensors", "learned_embeds.bin") if path.is_dir() else ("",)
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        found = f"{path} is a device or a pipe" if path.exists() else f"No such file: {path}"
-        found = f"{path} holds no {names[0]}" if path.is_dir() else found
+        found = f"{path / names[0]} is missing, or is a device or a pipe"
         raise FileNotFoundError(_one_line(f"{found}; give a word's file, or the folder that train.py wrote"))
     # diffusers writes an SDXL word as a pair of files, each of which looks like a word of SD1 or LDM
     second = file.with_name(file.name.replace("learned_embeds", "learned_embeds_2", 1))
@@ -176,86 +166,70 @@ def _find(path: Path) -> Path:
 
 
 def _load(file: Path):
-    """What the file holds.  Its first bytes say which container it is; the suffix is often wrong."""
+    """What the file holds."""
     if (size := file.stat().st_size) > MOST_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
-    kind, load = "file", _load_pickle
-    if data[8:9] == b"{":
-        kind, load = "safetensors file", _load_safetensors
-    elif data.startswith(PICTURES):
-        kind, load = "picture", _load_picture
+    if data.startswith(PICTURES) and b"sd-ti-embedding" not in data:
+        advice = "saving a picture anew loses it; ask for the original, or a .pt"
+        raise _refusal(file, "a picture without a word's data", advice=advice)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old pickles and large pictures
-            contents = load(data)
-    except DAMAGED as error:
-        found, advice = f"a damaged or unknown {kind}", "fetch it again"
-        if call := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
+            return _parse(data)
+    except Exception as error:  # there is hardly a kind that damaged bytes do not raise
+        found, advice = "a damaged or unknown file", "fetch it again"
+        if call := isinstance(error, UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
             found = f"a pickle that would call {call[1]}, which was not run"
             advice = "ask for a .safetensors file"
         raise _refusal(file, found, advice=advice) from error
-    if kind == "picture" and contents is None:
-        found = "a picture without a word's data, the text 'sd-ti-embedding' of AUTOMATIC1111's PNG"
-        raise _refusal(file, found, advice="saving a picture anew loses it; ask for the original, or a .pt")
-    return contents
 
 
-def _load_safetensors(data: bytes) -> dict[str, Tensor]:
-    tensors = safetensors.torch.load(data)  # in any order
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
-    marks = header.pop("__metadata__", {})
-    words = [key for key in header if marks.get(key) == "<embed>"]
-    return {key: tensors[key] for key in words or header}
+def _parse(data: bytes):
+    """What bytes hold.  The first say which container it is; the file's suffix is often wrong."""
+    if data[8:9] == b"{":
+        tensors = safetensors.torch.load(data)  # in any order
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
+        marks = header.pop("__metadata__", {})
+        words = [key for key in header if marks.get(key) == "<embed>"]
+        return {key: tensors[key] for key in words or header}
 
+    if data.startswith(PICTURES):  # AUTOMATIC1111's PNG: base64 of JSON in a text chunk
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            text = base64.b64decode(image.text["sd-ti-embedding"])
+        tensor = "TORCHTENSOR"
+        contents = json.loads(text, object_hook=lambda x: torch.tensor(x[tensor]) if tensor in x else x)
+        words = contents["string_to_param"]
+        if "*" in words and contents.get("name"):
+            words[contents["name"]] = words.pop("*")  # of a picture it is the name inside that counts
+        return {"string_to_param": words}
 
-def _load_pickle(data: bytes):
     with torch.serialization.safe_globals([nn.ParameterDict]):  # which the official files hold
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _load_picture(data: bytes) -> dict | None:
-    """AUTOMATIC1111's PNG: base64 of JSON in a text chunk, with tensors as {"TORCHTENSOR": lists}."""
-    text = None
-    if data.startswith(PNG):
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            text = image.text.get("sd-ti-embedding")
-    if text is None:
-        return None
-    contents = json.loads(base64.b64decode(text), object_hook=_decode_tensor)
-    parameters = contents["string_to_param"]
-    if "*" in parameters and contents.get("name"):
-        parameters[contents["name"]] = parameters.pop("*")  # of a picture it is the name inside that counts
-    return {"string_to_param": parameters}
-
-
-def _decode_tensor(entry: dict) -> dict | Tensor:
-    return torch.tensor(entry["TORCHTENSOR"]) if "TORCHTENSOR" in entry else entry
-
-
-def _find_words(contents, file: Path) -> dict[str, Tensor]:
-    """The words in what a file holds, by the keys that each tool writes."""
+def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
+    """The words in what a file holds, by the keys that each tool writes; "*" is the file's own name."""
     if isinstance(contents, Tensor):
         contents = {"string_to_param": {"*": contents}}
     if not isinstance(contents, dict):
         raise _refusal(file, f"a {type(contents).__name__}")
     name = file.stem
-    keys = [key if isinstance(key, str) else type(key).__name__ for key in contents]
-    shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    keys = [str(key) for key in contents]
     if "string_to_param" in keys:  # the official code, AUTOMATIC1111, HCP-Diffusion
         inner = contents.get("name")
         if isinstance(inner, str) and inner not in ("", name):
             note = f"{file}: the word is {name}, after the file, as in AUTOMATIC1111; inside it is {inner}"
-            warnings.warn(_one_line(note), stacklevel=3)
+            warn(_one_line(note))
         contents = contents["string_to_param"]
         if isinstance(contents, nn.ParameterDict):
             # items() fails on what torch <= 1.11 wrote; the tensors of old and new files are here
             contents = contents.__dict__.get("_parameters")
     elif {"clip_l", "clip_g"} & set(keys) and keys != ["clip_l"]:
-        raise _refusal(file, f"{shown}, as SDXL, SD3 and Flux have them")
+        raise _refusal(file, f"the keys {', '.join(keys)}, as SDXL, SD3 and Flux have them")
     elif len(keys) > 1 and all(re.fullmatch(r"IN\d\d|MID|OUT\d\d", key) for key in keys):
-        raise _refusal(file, f"one vector per layer of the UNet ({shown}: XTI)")
+        raise _refusal(file, f"one vector per layer of the UNet (XTI): {', '.join(keys)}")
     elif unnamed := [key for key in UNNAMED if key in keys]:
         contents = {"*": contents[unnamed[0]]}
     elif "emp_params_out" in keys:
@@ -271,15 +245,14 @@ def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
     """One word's vectors as (n, D), fp32, on the CPU, contiguous."""
     if not _is_name(word):
         raise _refusal(file, f"the key {word!r}")
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in FLOATS:
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise _refusal(file, f"'{word}' of the type {kind}")
+    if not isinstance(tensor, Tensor):
+        raise _refusal(file, f"'{word}' of the type {type(tensor).__name__}")
     vectors = tensor.detach()[None] if tensor.ndim == 1 else tensor.detach()  # (n, D)
     n, width = vectors.shape if vectors.ndim == 2 else (0, 0)
-    if not 1 <= n <= MOST_VECTORS or not 1 <= width <= MOST_WIDTH:
-        raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)}")
-    if tensor.is_meta:
-        raise _refusal(file, f"'{word}' without its values")
+    is_plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+    if not (is_plain and 1 <= n <= MOST_VECTORS and 1 <= width <= MOST_WIDTH):
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)} ({kind})")
     vectors = vectors.to("cpu", torch.float32).contiguous()
     if not vectors.isfinite().all():
         raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
@@ -323,10 +296,8 @@ def _convert(options) -> int:
     if options.OUT and Path(options.OUT).exists() and not options.force:
         raise ValueError(f"{options.OUT} exists; give another name, or --force to overwrite it")
     model = tinyti.load(options.weights) if options.weights else None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        words = read(options.IN, width=model and model.text.table.shape[1])
-    notes = [str(warning.message) for warning in caught]
+    notes = []
+    words = read(options.IN, model.text.table.shape[1] if model else None, notes.append)
     if options.OUT:
         write(options.OUT, words)
         notes += filter(None, (compatibility_warning(word, len(v)) for word, v in words.items()))
@@ -334,7 +305,7 @@ def _convert(options) -> int:
         norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
         print(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
         if model:
-            concept, token = tinyti.Concept(word, vectors, [*range(len(vectors))]), model.tokenizer.token
+            concept, token = tinyti.Concept(word, vectors, range(len(vectors))), model.tokenizer.token
             for row in concept.nearest(model.text.table, among=model.tokenizer.word_ids()):
                 print("  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row))
     if options.OUT:
