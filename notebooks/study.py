@@ -3,6 +3,7 @@
     python notebooks/study.py                                         # whatever is missing
     python notebooks/study.py --only default "lr 0.02" --sets cat dog --seeds 0
     python notebooks/study.py --table
+    python notebooks/study.py --figure                                # study.png, the losses on the way
 
 Every run appends a row to study.csv; rows of the same settings, set, seed and weights are not computed again,
 so the study may be stopped and taken up at any time.
@@ -63,10 +64,10 @@ STUDY = [  # what differs from the default, setting by setting
     {"draws": "stratified"},
     *(ADAM | {"samples": samples} for samples in (400, 2000)),
     *(ADAM | {"lr": lr} for lr in (1e-2, 2e-2, 4e-2)),
-    ADAM | {"start": "word"},
+    ADAM | {"start": "word", "samples": 2000},
     ADAM | {"start": "word", "samples": 2000, "low": 0.0, "high": 1.0, "average": 1},  # the paper's way
 ]
-CHECKPOINTS = (0, 100, 200, 400)  # samples
+CHECKPOINTS = (0, 48, 96, 200, 400, 800, 1200, 2000)  # samples
 PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "meadow": "in a meadow"}
 STYLES = ("photo", "painting", "sketch")
 SCORES = ("clip_i", "judge", "scene", "style")
@@ -217,19 +218,44 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines if line[1] != "0")
 
 
+FIGURE = {  # settings whose losses on the way are shown
+    "default": "whitened, from the vocabulary's mean",
+    "optimizer adam, lr 0.005, samples 2000, start word": "Adam, from a fitting word",
+    "optimizer adam, lr 0.005, samples 2000, start word, average 1, low 0.0, high 1.0": "as the paper",
+}
+
+
+def figure(rows):
+    """Draw study.png: the held-out loss against the samples seen, a mean over sets and seeds."""
+    from matplotlib import pyplot as plt
+
+    plt.figure(figsize=(6, 3), dpi=100)
+    for name, title in FIGURE.items():
+        group = [row for row in rows if label(row) == name]
+        seen = [n for n in CHECKPOINTS if group and all(row[f"loss {n}"] for row in group)]
+        losses = [statistics.mean(float(row[f"loss {n}"]) for row in group) for n in seen]
+        plt.plot(seen, losses, "o-", label=f"{title} ({len(group)} runs)")
+    plt.xlabel("samples")
+    plt.ylabel("held-out loss")
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(FILE.with_suffix(".png"))
+
+
 def main():
-    """Run what is missing, or print the table."""
+    """Run what is missing, or show what there is."""
     parser = argparse.ArgumentParser(description="What each setting does to the quality of a word.")
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="with a clip/ in it")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="some settings, as --table calls them")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--figure", action="store_true", help="draw study.png of what there is")
     args = parser.parse_args()
     files = sorted(args.weights.rglob("*.safetensors"))
     weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-    if args.table:
-        return print(table(read(weights)))
+    if args.table or args.figure:
+        return print(table(read(weights))) if args.table else figure(read(weights))
     model, clip = tinyti.load(args.weights), tinyti.load_clip(args.weights / "clip")
     there = {tuple(row[key] for key in KEYS) for row in read(weights)}
     for seed in args.seeds:
