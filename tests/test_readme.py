@@ -34,7 +34,8 @@ def test_command(command):
         bundled = [folder for folder in [args.images] if folder.startswith("concepts/")]
         assert all((ROOT / folder).is_dir() for folder in bundled) and (bundled or args.weights != str(TINY))
     elif "sample.py" in words:
-        assert sample_py.arguments(words[words.index("sample.py") + 1 :]).words
+        args = sample_py.arguments(words[words.index("sample.py") + 1 :])
+        assert bool(args.words) == any("S*" in prompt for prompt in args.prompts)
     else:
         extras = re.fullmatch(r"pip install -e \.(\[(\w+)\])?", " ".join(words))
         if extras and extras[2]:

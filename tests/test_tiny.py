@@ -98,7 +98,6 @@ def test_it_draws_what_it_is_told(model):
     assert (likeness.argmax(1) == torch.arange(len(prompts))).float().mean() >= 0.9
 
 
-@pytest.mark.xfail(strict=True, reason="the second edition is in training; now 25 %, see its card")
 def test_clip_tells_things_apart(model):
     """Also where nothing else does: drawn and judged in every colour alike."""
     clip, tokenizer = tinyti.load_clip(TINY / "clip")

@@ -41,7 +41,6 @@ from tinyti.vae import VAE, VAEConfig
 
 HERE = Path(__file__).resolve().parent
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORD = "S*"  # a made-up one, which means something else in every caption
 WEIGHTS = {  # where a finished folder keeps what a stage has trained
     "clip": "clip/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -288,49 +287,12 @@ def encoded(run, name, count, encode):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def features(attrs):
-    """What makes a picture's individual, in numbers: the thing, the colours of its parts, its proportions."""
-    look = attrs["identity"]
-    found = [2.0 * (attrs["thing"] == thing) for thing in world.THINGS]
-    for part in ("base", *measure.PARTS):
-        colour = look.get(part)
-        found += [1.0, *(level / 127.5 - 1 for level in colour)] if colour else [0.0] * 4
-    found += [8 * (look[size] - 1) for size in ("ear size", "head", "body", "eye size", "eye height")]
-    return [*found, 2.0 * look["marks"][0][-1] - 1]
-
-
-def made_up(seed):
-    """A caption of a page in which WORD names its individual, and what makes that one."""
-    attrs, rng, caption = world.attributes(random.Random(seed)), random.Random(f"made up {seed}"), ""
-    while WORD not in caption:
-        caption = world.caption(attrs | {"who": WORD}, rng)
-    return caption, features(attrs)
-
-
-def made_up_words(model, count):
-    """encode(first, last) of captions with a word of its own for each picture's individual.
-
-    Its vector is no entry of the vocabulary but a random projection of `features`, three times as long as
-    the median entry.  So the UNet learns to read an individual from the one vector of one word, whichever:
-    what Textual Inversion asks of it.  A vocabulary has room for a few hundred names only.
-    """
-    said, found = zip(*map(made_up, range(count)))
-    found = torch.tensor(found)
-    table = model.text.table.float()
-    directions = torch.randn(found.shape[1], table.shape[1], generator=torch.Generator().manual_seed(0))
-    vectors = found @ directions
-    vectors *= 3 * table.norm(dim=1).median() / vectors.norm(dim=1).mean()
-    model.add_word(WORD, vectors[:1])
-    return lambda a, b: model.encode_prompts(list(said[a:b]), {WORD: vectors[a:b, None]})
-
-
-def unet(run, latents, scale, contexts, made_up, empty, look):
+def unet(run, latents, scale, contexts, empty, look):
     """Noise prediction on scaled latents, as in tinyti.inversion, but here the weights learn.
 
-    A picture is learned with either of its captions or, half of the time, with its made-up word.  Offset
-    noise (a constant per picture and channel on top of eps) teaches the network that the initial noise says
-    nothing of the picture's mean colour; min-SNR weights (2303.09556, gamma 5) spend less of a small network
-    on the last, fine steps.
+    A picture is learned with either of its captions.  Offset noise (a constant per picture and channel on top
+    of eps) teaches the network that the initial noise says nothing of the picture's mean colour; min-SNR
+    weights (2303.09556, gamma 5) spend less of a small network on the last, fine steps.
     """
     recipe, schedule = run.recipe, Schedule.from_config(SCHEDULE)
     torch.manual_seed(0)
@@ -345,12 +307,10 @@ def unet(run, latents, scale, contexts, made_up, empty, look):
 
     def loss_of(generator, count):
         rows = torch.randint(len(latents), (count,), generator=generator)
-        said = torch.randint(4, (count, 1, 1), generator=generator)
+        said = 2 * rows + torch.randint(2, (count,), generator=generator)
         x_0 = scale * latents[rows].float().to(run.device)
         dropped = torch.rand(count, 1, 1, generator=generator) < recipe.empty_prompts
-        context = contexts[2 * rows + said[:, 0, 0] % 2]
-        context = torch.where(said < 2, context, made_up[rows]).float()
-        context = torch.where(dropped, empty, context).to(run.device)
+        context = torch.where(dropped, empty, contexts[said].float()).to(run.device)
         t = torch.randint(schedule.num_train_timesteps, (count,), generator=generator)
         eps = randn(x_0.shape, generator, x_0)
         eps = eps + recipe.offset_noise * randn((*x_0.shape[:2], 1, 1), generator, x_0)
@@ -486,9 +446,7 @@ def make(run, out, last):
         run.write("preview.png", lambda p: measure.sheet(pairs, 12, p))
         shutil.copy(run / "preview.png", run / f"preview-{seen}.png")
 
-    untrained = tinyti.LatentDiffusion(words, text, coder, UNet(unet_config(recipe)), schedule)
-    named = in_turn(lambda: encoded(run, "words", count, made_up_words(untrained, count)))
-    model = unet(run, latents, scale, contexts, named, text(text.embed(words(""))), look)
+    model = unet(run, latents, scale, contexts, text(text.embed(words(""))), look)
     if RANK:
         return
     export(out, run, both, coder, model, scale)
