@@ -16,7 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     if q.device.type == "cpu" and dtype == torch.bfloat16:  # with narrow heads ten times slower than in fp32
         q, k, v = q.float(), k.float(), v.float()
     # The kernels keep the scores in fp32 whatever the inputs: in SD2.1 they exceed fp16's range.
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu", enabled=False):
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return x.transpose(1, 2).flatten(2).to(dtype)
 
