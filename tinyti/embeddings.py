@@ -305,7 +305,7 @@ def _convert(options) -> int:
         norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
         print(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
         if model:
-            concept, token = tinyti.Concept(word, vectors, range(len(vectors))), model.tokenizer.token
+            concept, token = tinyti.Concept(word, vectors, [*range(len(vectors))]), model.tokenizer.token
             for row in concept.nearest(model.text.table, among=model.tokenizer.word_ids()):
                 print("  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row))
     if options.OUT:
