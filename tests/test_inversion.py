@@ -158,8 +158,8 @@ def test_the_timesteps_lie_in_the_span(model, span):
 
 
 def test_the_evaluation_is_fixed_and_falls(model, examples):
-    word = learn(model, examples, steps=12, batch_size=4)
-    assert len(word.evaluations) == 1 + 12 // inversion.EVALUATE_EVERY
+    word = learn(model, examples, steps=22, batch_size=8)
+    assert len(word.evaluations) == 1 + 22 // inversion.EVALUATE_EVERY
     assert evaluate(model, examples) == evaluate(model, examples)
     assert word.evaluations[-1] < word.evaluations[0] and diagnose(word) is None
 
