@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: q (B, T, D), k and v (B, S, D) -> (B, T, D)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # ten times slower than fp32 with narrow heads
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), heads, causal).bfloat16()
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D / heads)
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:  # with narrow heads ten times slower than in fp32
-        q, k, v = q.float(), k.float(), v.float()
     # The kernels keep the scores in fp32 whatever the inputs: in SD2.1 they exceed fp16's range.
-    with torch.autocast("cpu", enabled=False):
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return x.transpose(1, 2).flatten(2).to(dtype)
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return x.transpose(1, 2).flatten(2)
 
 
 def embedding(count: int, dim: int) -> nn.Embedding:
