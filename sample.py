@@ -9,7 +9,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and st
 import json
 import re
 import sys
-import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -153,11 +152,7 @@ def add_words(model, entries):
         name, path = None, entry
         if "=" in entry and not Path(entry).exists():
             name, path = entry.split("=", 1)
-        with warnings.catch_warnings(record=True) as caught:  # of a file that was renamed
-            warnings.simplefilter("always")
-            words = embeddings.read(path, width=model.text.table.shape[1])
-        for warning in caught:
-            cli.say(f"note: {warning.message}")
+        words = embeddings.read(path, model.text.table.shape[1], lambda note: cli.say(f"note: {note}"))
         if name is not None and len(words) > 1:
             raise ValueError(f"{path} holds the words {', '.join(words)}; {name}= cannot rename them all")
         for word, vectors in words.items():
