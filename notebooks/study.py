@@ -33,6 +33,7 @@ import judge
 
 import tinyti
 from tinyti import inversion
+from tinyti.cli import GUIDANCE
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, to_image
 from tinyti.inversion import Inversion, draw, evaluate, invert, make_examples
 from tinyti.metrics import clip_i
@@ -124,7 +125,7 @@ def add_word(model, vectors):
 def pictures(model, prompts):
     """A picture of each prompt, always from the same noise."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    *_, x_0 = tinyti.sample(model, prompts, 12, 5.0, "dpm++", generator=generators)
+    *_, x_0 = tinyti.sample(model, prompts, 12, GUIDANCE, "dpm++", generator=generators)
     return [to_image(pixels) for pixels in model.decode(x_0)]
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter
 from training import to_images
 
 import tinyti
+from tinyti.cli import GUIDANCE
 from tinyti.data import to_image
 from tinyti.metrics import clip_i
 
@@ -361,7 +362,7 @@ def losses(model, name, captions, samples=20):
     return [(model.unet(x_t, t, context) - target).square().mean().item() for context in contexts]
 
 
-def draw(model, prompt, count, seed=0, guidance=5.0):
+def draw(model, prompt, count, seed=0, guidance=GUIDANCE):
     """Return `count` pictures that the model draws for a prompt."""
     options = {"steps": 30, "guidance": guidance, "generator": torch.Generator().manual_seed(seed)}
     *_, x_0 = tinyti.sample(model, [prompt] * count, **options)

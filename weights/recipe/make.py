@@ -32,6 +32,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from training import PROCESSES, RANK, Run, in_turn, to_images, train
 
 import tinyti
+from tinyti.cli import GUIDANCE
 from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from tinyti.diffusion import Schedule, randn
@@ -85,7 +86,7 @@ class Recipe:
     empty_prompts: float = 0.1
     probe_samples: int = 500_000
     generated: int = 1_000
-    guidance: float = 5.0
+    guidance: float = GUIDANCE
 
 
 # -- pictures ------------------------------------------------------------------------------------------
