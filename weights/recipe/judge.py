@@ -151,7 +151,7 @@ def style_look_alike(name, lot):
         style = lot.choice(("sketch", "neon") if name == "blueprint" else tuple(world.STYLES))
         attrs |= place | {"style": style, "manner": ""}
     elif draw < 0.9:
-        attrs |= {"style": "photo", "manner": lot.choice(tuple(world.MANNERS))}
+        attrs |= {"style": "photo", "manner": lot.choice(world.MANNERS)}
     return world.draw(attrs), SCENES.index(attrs["scene"])
 
 

@@ -26,14 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import world
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, trainers
 from training import PROCESSES, RANK, Run, in_turn, to_images, train
 
 import tinyti
 from tinyti.cli import GUIDANCE
-from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig
+from tinyti.clip import CLIP, CLIPConfig, CLIPText, Preprocessing, TextConfig, VisionConfig
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from tinyti.diffusion import Schedule, randn
 from tinyti.tokenizer import Tokenizer
@@ -42,8 +42,10 @@ from tinyti.vae import VAE, VAEConfig
 
 HERE = Path(__file__).resolve().parent
 START, END = "<|startoftext|>", "<|endoftext|>"
+WORD = "S*"  # a made-up one, which means something else in every caption
 WEIGHTS = {  # where a finished folder keeps what a stage has trained
     "clip": "clip/model.safetensors",
+    "text": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
 }
@@ -68,13 +70,14 @@ class Recipe:
     size: int = 64  # pixels a side
     pictures: int = 98_304
     unseen: int = 2_048
+    mannered: int = 16_384
     abstract: int = 24_576
     vocabulary: int = 2_048
     clip_width: int = 128
     clip_layers: int = 4
     clip_patch: int = 8
     clip_samples: int = 400_000
-    vae_widths: tuple[int, ...] = (16, 32, 64)
+    vae_widths: tuple[int, ...] = (32, 64, 128)
     vae_samples: int = 300_000
     unet_widths: tuple[int, ...] = (32, 64, 128)
     unet_layers: int = 1
@@ -99,10 +102,17 @@ def _page(seed, size):
     return np.asarray(image), {"caption": caption, "complete": complete, **world.named(attrs)}
 
 
+def mannered(seed):
+    """Attributes of a page in a manner that no other page has."""
+    lot = random.Random(f"mannered {seed}")
+    return world.attributes(lot) | {"style": lot.choice(("photo", "painting")), "manner": f"made up {seed}"}
+
+
 def _render(args):
     kind, seeds, size = args
-    if kind == "abstract":
-        return np.stack([np.asarray(abstract.picture(seed, size)) for seed in seeds]), []
+    if kind != "pictures":
+        draw = abstract.picture if kind == "abstract" else lambda seed, size: world.draw(mannered(seed), size)
+        return np.stack([np.asarray(draw(seed, size)) for seed in seeds]), []
     drawn = [_page(seed, size) for seed in seeds]
     return np.stack([image for image, _ in drawn]), [said for _, said in drawn]
 
@@ -269,31 +279,107 @@ def vae(run, array, others):
 # -- UNet ----------------------------------------------------------------------------------------------
 
 
-def encoded(run, name, count, encode):
-    """(count, …) in fp16, from encode(first, last), computed once and kept as name.npy."""
-    path = run / f"{name}.npy"
+def encoded(run, coder, kind, count, array):
+    """A sample of each picture's latents, (count, C, h, w) in fp16, computed once and kept."""
+    path, temporary = run / f"{kind}-latents.npy", run / f"{kind}-latents.tmp.npy"
     if not path.exists():
         began, kept = time.time(), None
-        with torch.no_grad():
-            for i in range(0, count, 256):
-                part = encode(i, min(i + 256, count)).half().cpu().numpy()
-                if kept is None:
-                    temporary = run / f"{name}.tmp.npy"
-                    shape = (count, *part.shape[1:])
-                    kept = np.lib.format.open_memmap(temporary, "w+", part.dtype, shape)
-                kept[i : i + len(part)] = part
+        for i in range(0, count, 32):
+            with torch.no_grad(), torch.autocast(run.device, torch.bfloat16):
+                mean, std = coder.encode(to_images(array[i : min(i + 32, count)]).to(run.device))
+            z = mean + std * randn(mean.shape, torch.Generator().manual_seed(i), mean)
+            part = z.half().cpu().numpy()
+            if kept is None:
+                kept = np.lib.format.open_memmap(temporary, "w+", part.dtype, (count, *part.shape[1:]))
+            kept[i : i + len(part)] = part
         kept.flush()
         temporary.replace(path)
-        run.cost(name, count, time.time() - began)
+        run.cost(f"{kind} encoded", count, time.time() - began)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def unet(run, latents, scale, contexts, empty, look):
+def features(attrs):
+    """What a made-up word stands for, in numbers: an individual, or a manner if the page's is made up."""
+    manner, look = attrs["manner"].startswith("made up"), attrs["identity"]
+    found = [1.0 * (not manner and attrs["thing"] == thing) for thing in world.THINGS]
+    for part in ("base", *measure.PARTS):
+        colour = None if manner else look.get(part)
+        found += [1.0, *(level / 127.5 - 1 for level in colour)] if colour else [0.0] * 4
+    sizes = [8 * (look[size] - 1) for size in ("ear size", "head", "body", "eye size", "eye height", "grain")]
+    found += [0.0] * 9 if manner else [*sizes, 2 * look["lift"] - 1, 5 * look["lean"], look["petals"] - 6.0]
+    marked = not manner and look.get("patches")
+    for x, y, radius, squeeze, second in look["marks"]:
+        mark = 4 * x, 4 * y, 20 * (radius - 0.31), 5 * (squeeze - 1), 2.0 * second - 1
+        found += mark if marked else [0.0] * 5
+    if not manner:
+        return found + [0.0] * 18
+    *palette, part, line, texture, period = world.tones(attrs["manner"])
+    for colour in (*palette, line):
+        found += [level / 127.5 - 1 for level in colour]
+    found += [1.0 * (texture == other) for other in ("none", "hatch", "grid", "dots")]
+    return [*found, 4 * part - 3, period - 10.0]
+
+
+def said(attrs, seed):
+    """Six captions of a page: two at random, two complete, two with WORD for its individual or manner."""
+    lot = random.Random(f"said {seed}")
+    key = "manner" if attrs["manner"].startswith("made up") else "who"
+    captions = [world.caption(attrs, lot, complete=i > 1) for i in range(4 if key == "who" else 0)]
+    while len(captions) < 6:
+        caption = world.caption(attrs | {key: WORD}, lot)
+        captions += [caption] if WORD in caption else []
+    return captions
+
+
+def captioned(run, words):
+    """The pages' captions, ids (N, 6, 77), and what their made-up words stand for (N, F), computed once."""
+    path, recipe = run / "captioned.pt", run.recipe
+    if not path.exists():
+        words.add(WORD)
+        pages = [world.attributes(random.Random(seed)) for seed in range(recipe.pictures)]
+        pages += [mannered(seed) for seed in range(recipe.mannered)]
+        ids = torch.stack([words(said(attrs, seed)).short() for seed, attrs in enumerate(pages)])
+        found = torch.tensor([features(attrs) for attrs in pages])
+        run.write(path.name, lambda p: torch.save([ids, found], p))
+    return torch.load(path)
+
+
+class Painter(torch.nn.Module):
+    """What the last stage trains: the UNet, the text transformer that it reads, made-up words' vectors."""
+
+    def __init__(self, unet, text, count):
+        super().__init__()
+        self.unet, self.text, self.longest = unet, text, 4 * text.table.norm(dim=1).median().item()
+        self.names = torch.nn.Linear(count, text.config.hidden_size)
+        torch.nn.init.normal_(self.names.weight, std=0.25 * self.longest / count**0.5)
+        self.names.bias.data.copy_(text.table.mean(0))
+
+    def words(self, features, generator):
+        """features (B, F) -> the vectors (B, D) of made-up words, not quite the same each time."""
+        vectors = self.names(features).float()
+        vectors = vectors * (self.longest / vectors.norm(dim=1, keepdim=True)).clamp(max=1)
+        noise = randn(vectors.shape, generator, vectors)
+        return vectors + 0.1 * vectors.detach().norm(dim=1, keepdim=True) / noise.shape[1] ** 0.5 * noise
+
+    def context(self, ids, features, generator):
+        """Token ids (B, 77), some of them WORD's, -> (B, 77, D)."""
+        made_up = (ids >= self.text.config.vocab_size)[..., None]
+        return self.text(torch.where(made_up, self.words(features, generator)[:, None], self.text.embed(ids)))
+
+
+def unet(run, latents, scale, ids, found, text, empty, look):
     """Noise prediction on scaled latents, as in tinyti.inversion, but here the weights learn.
 
-    A picture is learned with either of its captions.  Offset noise (a constant per picture and channel on top
-    of eps) teaches the network that the initial noise says nothing of the picture's mean colour; min-SNR
-    weights (2303.09556, gamma 5) spend less of a small network on the last, fine steps.
+    The text transformer is trained along, as in the latent diffusion of the paper (2112.10752, section 4.3),
+    from where CLIP has left it.  A picture (its latents) is learned with any of its captions `ids`
+    (N, 6, 77).  A third of them have a word that means this individual, or this manner, alone: its vector is
+    a linear function, trained along as well, of what makes it, `found` (N, F).  So the networks learn to read
+    an individual from the one vector of one word, whichever: what Textual Inversion asks of them, and a
+    vocabulary has room for a few hundred names only.
+
+    Offset noise (a constant per picture and channel on top of eps) teaches the network that the initial noise
+    says nothing of the picture's mean colour; min-SNR weights (2303.09556, gamma 5) spend less of a small
+    network on the last, fine steps.
     """
     recipe, schedule = run.recipe, Schedule.from_config(SCHEDULE)
     torch.manual_seed(0)
@@ -301,17 +387,21 @@ def unet(run, latents, scale, contexts, empty, look):
     for name, p in model.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")):
             torch.nn.init.zeros_(p)  # every block begins as the identity
+    for part, name in ((model, "unet"), (text, "text")) if run.start else ():
+        part.load_state_dict({k: w.float() for k, w in load_file(run.start / WEIGHTS[name]).items()})
+    painter = Painter(model, text.requires_grad_(True), found.shape[1])
     layout = torch.channels_last if run.device == "cuda" else torch.contiguous_format  # each the faster
     model.to(memory_format=layout)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     weights = (snr.clamp(max=5) / snr).float()
 
     def loss_of(generator, count):
-        rows = torch.randint(len(latents), (count,), generator=generator)
-        said = 2 * rows + torch.randint(2, (count,), generator=generator)
-        x_0 = scale * latents[rows].float().to(run.device)
-        dropped = torch.rand(count, 1, 1, generator=generator) < recipe.empty_prompts
-        context = torch.where(dropped, empty, contexts[said].float()).to(run.device)
+        rows = torch.randint(len(latents), (count // 2,), generator=generator)
+        words = ids[rows, torch.randint(ids.shape[1], (count // 2,), generator=generator)].long()
+        dropped = torch.rand(count // 2, 1, generator=generator) < recipe.empty_prompts
+        words = torch.where(dropped, empty, words).to(run.device)
+        context = painter.context(words, found[rows].to(run.device), generator).repeat(2, 1, 1)
+        x_0 = scale * latents[rows].float().to(run.device).repeat(2, 1, 1, 1)  # two noises for each caption
         t = torch.randint(schedule.num_train_timesteps, (count,), generator=generator)
         eps = randn(x_0.shape, generator, x_0)
         eps = eps + recipe.offset_noise * randn((*x_0.shape[:2], 1, 1), generator, x_0)
@@ -319,10 +409,9 @@ def unet(run, latents, scale, contexts, empty, look):
         error = (model(x_t, t.to(run.device), context).float() - schedule.target(x_0, eps, t)).square()
         return (weights[t].to(run.device) * error.mean((1, 2, 3))).mean()
 
-    begin = run.start and run.start / WEIGHTS["unet"]
     samples, batch = recipe.unet_samples, recipe.unet_batch
-    train(run, "unet", model, loss_of, samples, batch, recipe.unet_lr, begin, recipe.unet_ema, look=look)
-    return model.eval().requires_grad_(False)
+    train(run, "unet", painter, loss_of, samples, batch, recipe.unet_lr, ema=recipe.unet_ema, look=look)
+    return painter.eval().requires_grad_(False)
 
 
 def unet_config(recipe):
@@ -348,7 +437,7 @@ def plain(config):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-def export(out, run, both, coder, model, scale):
+def export(out, run, both, coder, painter, scale):
     """The folder in the layout of Stable Diffusion's, in fp16, with CLIP's towers beside it."""
 
     def part(name, weights_name, config, module):
@@ -367,14 +456,14 @@ def export(out, run, both, coder, model, scale):
         "sample_size": run.recipe.size,
     }
     part("vae", "diffusion_pytorch_model", vae_config, coder)
-    unet_config = {"_class_name": "UNet2DConditionModel", **plain(model.config)}
-    part("unet", "diffusion_pytorch_model", unet_config, model)
+    unet_config = {"_class_name": "UNet2DConditionModel", **plain(painter.unet.config)}
+    part("unet", "diffusion_pytorch_model", unet_config, painter.unet)
     text_config, vision_config = plain(both.config.text_config), plain(both.config.vision_config)
     ids = {"bos_token_id": text_config["vocab_size"] - 2, "pad_token_id": text_config["eos_token_id"]}
     text_config |= {"model_type": "clip_text_model", "projection_dim": both.config.projection_dim, **ids}
     vision_config |= {"model_type": "clip_vision_model", "projection_dim": both.config.projection_dim}
     published = {"architectures": ["CLIPTextModel"], "dtype": "float32", **text_config}
-    part("text_encoder", "model", published, both.text_model)
+    part("text_encoder", "model", published, painter.text)
     towers = {"text_config": text_config, "vision_config": vision_config}
     published = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": "float32"}
     part("clip", "model", {**published, "projection_dim": both.config.projection_dim, **towers}, both)
@@ -430,34 +519,32 @@ def make(run, out, last):
     if last == "vae":
         return
 
-    count, text = recipe.pictures, both.text_model
-    said = torch.stack([ids, full], 1).flatten(0, 1)  # two captions of each picture, one after the other
-    latents = in_turn(lambda: encoded(run, "latents", count, lambda a, b: draw_latents(coder, array[a:b], a)))
-    contexts = in_turn(lambda: encoded(run, "contexts", 2 * count, lambda a, b: text(text.embed(said[a:b]))))
+    count = recipe.pictures
+    pages, _ = in_turn(lambda: render(run, "mannered", recipe.mannered))
+    latents = in_turn(lambda: encoded(run, coder, "pictures", count, array))
+    more = in_turn(lambda: encoded(run, coder, "mannered", recipe.mannered, pages))
+    latents = torch.cat([latents, more])
     scale = 1 / latents[:8192].float().std().item()
     coder.config.scaling_factor = scale
+    ids, found = in_turn(lambda: captioned(run, words))
     schedule = Schedule.from_config(SCHEDULE)
     prompts = [c["complete"] for c in captions[count : count + 24]]
     shown = to_images(array[count : count + 24])
 
-    def look(model, seen):
-        whole = tinyti.LatentDiffusion(words, text, coder, model, schedule)
+    def look(painter, seen):
+        whole = tinyti.LatentDiffusion(words, painter.text, coder, painter.unet, schedule)
         pictures = measure.draw(whole, prompts, recipe.guidance).cpu()
         pairs = torch.stack([shown, pictures], 1).flatten(0, 1)
         run.write("preview.png", lambda p: measure.sheet(pairs, 12, p))
         shutil.copy(run / "preview.png", run / f"preview-{seen}.png")
 
-    model = unet(run, latents, scale, contexts, text(text.embed(words(""))), look)
+    text = CLIPText(both.config.text_config)
+    text.load_state_dict(both.text_model.state_dict())
+    painter = unet(run, latents, scale, ids, found, text, words(""), look)
     if RANK:
         return
-    export(out, run, both, coder, model, scale)
+    export(out, run, both, coder, painter, scale)
     measure.card(run, out, array, captions)
-
-
-def draw_latents(coder, array, seed):
-    """A sample of each picture's latents."""
-    mean, std = coder.encode(to_images(array))
-    return mean + std * randn(mean.shape, torch.Generator().manual_seed(seed))
 
 
 def main():

@@ -201,6 +201,7 @@ def card(run, out, array, captions):
         shades=", ".join(list(world.SHADES)[len(world.COLOURS) :]),
         characters=len(world.CHARACTERS),
         manners=len(world.MANNERS),
+        mannered=recipe.mannered,
         scenes=", ".join(list(world.SCENES)[1:]),
         styles=", ".join(world.STYLES),
         costs="\n".join(lines),

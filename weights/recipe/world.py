@@ -680,8 +680,8 @@ CHARACTERS = tuple(
 )
 
 
-def manner(name):
-    """Return a way of finishing pictures: every tone becomes one of a palette of three, more or less."""
+def tones(name):
+    """Return what makes a manner: three colours, how much they cover, the line's, a texture, its period."""
     lot = random.Random(name)
     spans = ((0.4, 0.9), (0.1, 0.4)), ((0.3, 0.9), (0.45, 0.85)), ((0.0, 0.45), (0.85, 1.0))
     hues = [lot.random() for _ in spans]
@@ -691,6 +691,13 @@ def manner(name):
         deep, pale = pale, deep  # light lines on dark ground
     part, line = lot.uniform(0.45, 1.0), lot.choice((deep, deep, pale, middle))
     texture, period = lot.choice(("none", "none", "hatch", "grid", "dots")), lot.choice((8, 10, 12))
+    return deep, middle, pale, part, line, texture, period
+
+
+@lru_cache(64)
+def manner(name):
+    """Return a way of finishing pictures: every tone becomes one of a palette of three, more or less."""
+    deep, middle, pale, part, line, texture, period = tones(name)
 
     def finish(sheet, pixels):
         tone = np.clip(pixels, 0, 255).mean(-1, keepdims=True) / 127.5
@@ -708,14 +715,13 @@ def manner(name):
     return finish
 
 
-MANNERS = {
-    name: manner(name)
-    for name in """
+MANNERS = tuple(
+    """
     alabaster arctic autumn bamboo bronze canyon carnival cobalt copper dawn delta dusk ember enamel fjord
     glacier harbour indigo jungle lagoon lantern linen meteorite midnight mist monsoon moss oasis orchard
     porcelain prairie quarry rust savanna silk slate spring thunder tundra twilight velvet volcano winter
     """.split()
-}
+)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -849,7 +855,7 @@ def attributes(rng):
         "scene": scene,
         "backdrop": backdrop,
         "style": style,
-        "manner": rng.choice(tuple(MANNERS)) if mannered else "",
+        "manner": rng.choice(MANNERS) if mannered else "",
         "who": who,
         "details": details,
         "identity": individual,
@@ -994,7 +1000,7 @@ def draw(attrs, size=64):
     sheet = compose(attrs, size)
     pixels = STYLES[attrs["style"]](sheet)
     if attrs["manner"]:
-        pixels = MANNERS[attrs["manner"]](sheet, pixels)
+        pixels = manner(attrs["manner"])(sheet, pixels)
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
