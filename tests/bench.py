@@ -195,36 +195,37 @@ def isolated(function, **arguments):
 
 
 def cases(args):
-    """All sizes, batches and numbers of vectors: what both sides are made with."""
-    shared = {name: getattr(args, name) for name in ("weights", "images", "device", "precision")}
-    for size, batch, vectors in itertools.product(args.size, args.batch, args.vectors):
-        yield shared | {"size": size, "batch": batch, "vectors": vectors}
+    """All (sizes, batches, numbers of vectors), each with what our side and theirs are made with."""
+    shared = {name: getattr(args, name) for name in ("weights", "images", "device")}
+    precisions = args.precision[0], args.precision[-1]
+    for case in itertools.product(args.size, args.batch, args.vectors):
+        both = shared | dict(zip(("size", "batch", "vectors"), case))
+        yield case, [both | {"precision": precision} for precision in precisions]
 
 
 def step(args):
     """Seconds and operations of a step, and the share of the machine's matrix rate."""
-    rate = matrix_rate(args.device, args.precision)
+    rate = matrix_rate(args.device, args.precision[0])
     print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s\n")
     names = "tinyti s", "diffusers s", "ratio", "ratio of operations", "TFLOP", "of the rate"
     head("pixels", "batch", "vectors", *names)
-    for case in cases(args):
-        sides = [kind(**case) for kind in SIDES.values()]
+    for case, sides in cases(args):
+        sides = [kind(**own) for kind, own in zip(SIDES.values(), sides)]
         m, n = (operations(side.step) for side in sides)  # of the first step, which is a warm-up, too
         turns = [[clock(side.step, args.block, args.device) for side in sides] for _ in range(args.rounds)]
         a, b = (statistics.median(seconds) for seconds in zip(*turns))
-        shown = case["size"], case["batch"], case["vectors"]
-        row(*shown, a, b, b / a, n / m, m / 1e12, f"{m / a / rate:.0%}")
+        row(*case, a, b, b / a, n / m, m / 1e12, f"{m / a / rate:.0%}")
 
 
 def alone(args):
     """Seconds to have every weight in memory, and the peak of memory over some steps."""
     names = "tinyti loads in s", "diffusers", "ratio", "tinyti GiB", "diffusers", "ratio"
     head("pixels", "batch", "vectors", *names)
-    for case in cases(args):
-        turns = [[isolated(process, side=side, block=args.block, **case) for side in SIDES]
+    for case, sides in cases(args):
+        turns = [[isolated(process, side=side, block=args.block, **own) for side, own in zip(SIDES, sides)]
                  for _ in range(args.rounds)]  # fmt: skip
         (a, m), (b, n) = (map(statistics.median, zip(*found)) for found in zip(*turns))
-        row(case["size"], case["batch"], case["vectors"], a, b, b / a, m, n, n / m)
+        row(*case, a, b, b / a, m, n, n / m)
 
 
 def process(side, block, **case):
@@ -319,7 +320,7 @@ def main():
     add("--rounds", type=int, default=7, help="how often the sides take turns")
     add("--block", type=int, default=whitened.EVERY, help="steps in a turn; 5 have a share of everything")
     add("--device", default="cpu")
-    add("--precision", choices=DTYPES, default="fp32")
+    add("--precision", choices=DTYPES, nargs="+", default=["fp32"], help="of both sides, or ours and theirs")
     add("--sets", nargs="+", default=["cat"])
     add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, default=RECIPE["steps"], help="of the diffusers recipe")
