@@ -27,8 +27,8 @@ def examples(model):
     return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
 
 
-def begin(model, n=1, start="cat", **options):
-    """A fresh word."""
+def begin(model, n=1, start="small", **options):
+    """A fresh word, from a row that is short: no step of a few reaches the cap."""
     model.tokenizer.words.clear()
     model.concepts.clear()
     rows = model.text.table[[model.tokenizer.single(start)]]
