@@ -27,7 +27,7 @@ OPTIMIZERS = {"whitened": (whitened, 1e-2), "adam": (adam, 5e-3)}  # and their l
 AVERAGE = 50  # steps that the word is an average over
 EVALUATE_EVERY = 5  # steps
 EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
-CAP = 4.5  # the longest that whitened steps make a vector, in median lengths of the vocabulary's rows
+CAP = 4.5  # how long whitened steps may make a vector, in median lengths of the vocabulary's rows
 # The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
 # plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
 TIMESTEPS = (0.25, 0.95)
@@ -65,8 +65,9 @@ class Inversion:
         function, default = OPTIMIZERS[optimizer]
         self.optimizer = partial(function, lr=lr or default)
         if function is whitened:
-            length = model.text.table.float().norm(dim=-1).median().item()
-            self.optimizer = partial(self.optimizer, cap=CAP * length)
+            lengths = model.text.table.float().norm(dim=-1)
+            longest = concept.norm().max().item()  # a start may be longer than the cap
+            self.optimizer = partial(self.optimizer, cap=max(CAP * lengths.median().item(), longest))
         self.concept = concept
         self.start = self.path = self.word = concept.vectors.detach().clone()
         self.memory = {}  # the optimizer's
