@@ -11,6 +11,7 @@ side by side.  Networks this small train faster with one process a core than wit
 """
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -33,7 +34,7 @@ from training import PROCESSES, RANK, Run, in_turn, to_images, train
 
 import tinyti
 from tinyti.cli import GUIDANCE
-from tinyti.clip import CLIP, CLIPConfig, CLIPText, Preprocessing, TextConfig, VisionConfig
+from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from tinyti.diffusion import Schedule, randn
 from tinyti.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ from tinyti.vae import VAE, VAEConfig
 HERE = Path(__file__).resolve().parent
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = "S*"  # a made-up one, which means something else in every caption
+MADE_UP = "made up"  # how the name of a manner begins that a single page has
 WEIGHTS = {  # where a finished folder keeps what a stage has trained
     "clip": "clip/model.safetensors",
     "text": "text_encoder/model.safetensors",
@@ -99,22 +101,26 @@ def _page(seed, size):
     """A picture, and what is said of it: a caption, a complete one, and the truth."""
     image, caption, attrs = world.picture(seed, size)
     complete = world.caption(attrs, random.Random(seed), complete=True)
-    return np.asarray(image), {"caption": caption, "complete": complete, **world.named(attrs)}
+    return image, {"caption": caption, "complete": complete, **world.named(attrs)}
 
 
 def mannered(seed):
     """Attributes of a page in a manner that no other page has."""
     lot = random.Random(f"mannered {seed}")
-    return world.attributes(lot) | {"style": lot.choice(("photo", "painting")), "manner": f"made up {seed}"}
+    return world.attributes(lot) | {"style": lot.choice(("photo", "painting")), "manner": f"{MADE_UP} {seed}"}
+
+
+DRAW = {  # what is drawn of a seed, and what is said of it
+    "pictures": _page,
+    "mannered": lambda seed, size: (world.draw(mannered(seed), size), None),
+    "abstract": lambda seed, size: (abstract.picture(seed, size), None),
+}
 
 
 def _render(args):
     kind, seeds, size = args
-    if kind != "pictures":
-        draw = abstract.picture if kind == "abstract" else lambda seed, size: world.draw(mannered(seed), size)
-        return np.stack([np.asarray(draw(seed, size)) for seed in seeds]), []
-    drawn = [_page(seed, size) for seed in seeds]
-    return np.stack([image for image, _ in drawn]), [said for _, said in drawn]
+    drawn = [DRAW[kind](seed, size) for seed in seeds]
+    return np.stack([np.asarray(image) for image, _ in drawn]), [said for _, said in drawn if said]
 
 
 def render(run, kind, total):
@@ -300,22 +306,31 @@ def encoded(run, coder, kind, count, array):
 
 def features(attrs):
     """What a made-up word stands for, in numbers: an individual, or a manner if the page's is made up."""
-    manner, look = attrs["manner"].startswith("made up"), attrs["identity"]
-    found = [1.0 * (not manner and attrs["thing"] == thing) for thing in world.THINGS]
+    if attrs["manner"].startswith(MADE_UP):
+        return [0.0] * len(of_individual(attrs)) + of_manner(attrs["manner"])
+    return of_individual(attrs) + [0.0] * len(of_manner(world.MANNERS[0]))
+
+
+def of_individual(attrs):
+    """Its thing, the colours it has (1 and three levels for each part), its proportions and its patches."""
+    look = attrs["identity"]
+    found = [1.0 * (attrs["thing"] == thing) for thing in world.THINGS]
     for part in ("base", *measure.PARTS):
-        colour = None if manner else look.get(part)
+        colour = look.get(part)
         found += [1.0, *(level / 127.5 - 1 for level in colour)] if colour else [0.0] * 4
-    sizes = [8 * (look[size] - 1) for size in ("ear size", "head", "body", "eye size", "eye height", "grain")]
-    found += [0.0] * 9 if manner else [*sizes, 2 * look["lift"] - 1, 5 * look["lean"], look["petals"] - 6.0]
-    marked = not manner and look.get("patches")
+    sizes = ("ear size", "head", "body", "eye size", "eye height", "grain")
+    found += [8 * (look[size] - 1) for size in sizes]
+    found += [2 * look["lift"] - 1, 5 * look["lean"], look["petals"] - 6.0]
     for x, y, radius, squeeze, second in look["marks"]:
-        mark = 4 * x, 4 * y, 20 * (radius - 0.31), 5 * (squeeze - 1), 2.0 * second - 1
-        found += mark if marked else [0.0] * 5
-    if not manner:
-        return found + [0.0] * 18
-    *palette, part, line, texture, period = world.tones(attrs["manner"])
-    for colour in (*palette, line):
-        found += [level / 127.5 - 1 for level in colour]
+        mark = [4 * x, 4 * y, 20 * (radius - 0.31), 5 * (squeeze - 1), 2.0 * second - 1]
+        found += mark if look.get("patches") else [0.0] * 5
+    return found
+
+
+def of_manner(manner):
+    """Its palette, the colour of its lines, its texture and how wide that is."""
+    *palette, part, line, texture, period = world.tones(manner)
+    found = [level / 127.5 - 1 for colour in (*palette, line) for level in colour]
     found += [1.0 * (texture == other) for other in ("none", "hatch", "grid", "dots")]
     return [*found, 4 * part - 3, period - 10.0]
 
@@ -323,7 +338,7 @@ def features(attrs):
 def said(attrs, seed):
     """Six captions of a page: two at random, two complete, two with WORD for its individual or manner."""
     lot = random.Random(f"said {seed}")
-    key = "manner" if attrs["manner"].startswith("made up") else "who"
+    key = "manner" if attrs["manner"].startswith(MADE_UP) else "who"
     captions = [world.caption(attrs, lot, complete=i > 1) for i in range(4 if key == "who" else 0)]
     while len(captions) < 6:
         caption = world.caption(attrs | {key: WORD}, lot)
@@ -538,9 +553,7 @@ def make(run, out, last):
         run.write("preview.png", lambda p: measure.sheet(pairs, 12, p))
         shutil.copy(run / "preview.png", run / f"preview-{seen}.png")
 
-    text = CLIPText(both.config.text_config)
-    text.load_state_dict(both.text_model.state_dict())
-    painter = unet(run, latents, scale, ids, found, text, words(""), look)
+    painter = unet(run, latents, scale, ids, found, copy.deepcopy(both.text_model), words(""), look)
     if RANK:
         return
     export(out, run, both, coder, painter, scale)
