@@ -37,6 +37,7 @@ from tinyti.cli import GUIDANCE
 from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig
 from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from tinyti.diffusion import Schedule, randn
+from tinyti.layers import Attention
 from tinyti.tokenizer import Tokenizer
 from tinyti.unet import UNet, UNetConfig
 from tinyti.vae import VAE, VAEConfig
@@ -336,18 +337,31 @@ def of_manner(manner):
 
 
 def said(attrs, seed):
-    """Six captions of a page: two at random, two complete, two with WORD for its individual or manner."""
+    """Eight captions of a page: two leave things out, two say all there is and have WORD besides.
+
+    In the last four WORD alone stands for the individual; two of them leave things out, two nothing else.  If
+    the page's manner is made up, WORD stands for that in all eight.
+    """
     lot = random.Random(f"said {seed}")
-    key = "manner" if attrs["manner"].startswith(MADE_UP) else "who"
-    captions = [world.caption(attrs, lot, complete=i > 1) for i in range(4 if key == "who" else 0)]
-    while len(captions) < 6:
-        caption = world.caption(attrs | {key: WORD}, lot)
-        captions += [caption] if WORD in caption else []
-    return captions
+    if attrs["manner"].startswith(MADE_UP):
+        return [with_word(attrs | {"manner": WORD}, lot) for _ in range(8)]
+    captions = [world.caption(attrs, lot) for _ in range(2)]
+    both = attrs | {"colour": f"{WORD} {attrs['colour']}"}
+    captions += [world.caption(both, lot, complete=True, most=len(world.SHADES)) for _ in range(2)]
+    captions += [with_word(attrs | {"who": WORD}, lot) for _ in range(2)]
+    alone = attrs | {"thing": WORD, "colour": "", "details": {}}
+    return captions + [world.caption(alone, lot, complete=True) for _ in range(2)]
+
+
+def with_word(attrs, lot):
+    """A caption that does have WORD in it."""
+    while WORD not in (caption := world.caption(attrs, lot)):
+        pass
+    return caption
 
 
 def captioned(run, words):
-    """The pages' captions, ids (N, 6, 77), and what their made-up words stand for (N, F), computed once."""
+    """The pages' captions, ids (N, 8, 77), and what their made-up words stand for (N, F), computed once."""
     path, recipe = run / "captioned.pt", run.recipe
     if not path.exists():
         words.add(WORD)
@@ -359,6 +373,29 @@ def captioned(run, words):
     return torch.load(path)
 
 
+class Reader(torch.nn.Module):
+    """What each part is like, read from a context as the UNet reads it: one attention, a query for each part.
+
+    The loss on pictures says next to nothing of a part of a few pixels.  This asks for its colour, whether a
+    caption spells it out or a made-up word means it: so the text transformer learns to keep the parts apart,
+    one word's as those of a caption, which the UNet knows how to draw.  Thrown away at the end, like names.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.parts = torch.nn.Parameter(torch.randn(1 + len(measure.PARTS), width))
+        self.attention = Attention(width, 4, width)
+        self.colour = torch.nn.Linear(width, 4)
+
+    def forward(self, context, found):
+        """context (B, 77, D), features (B, F) -> squared error of which parts it has, of what colour."""
+        first = len(world.THINGS)
+        truth = found[:, first : first + 4 * len(self.parts)].unflatten(1, (-1, 4))
+        read = self.colour(self.attention(self.parts.expand(len(context), -1, -1), context)).float()
+        there = torch.cat([torch.ones_like(truth[..., :1]), truth[..., :1].expand(-1, -1, 3)], -1)
+        return (there * (read - truth).square()).sum() / there.sum().clamp(min=1)
+
+
 class Painter(torch.nn.Module):
     """What the last stage trains: the UNet, the text transformer that it reads, made-up words' vectors."""
 
@@ -368,6 +405,7 @@ class Painter(torch.nn.Module):
         self.names = torch.nn.Linear(count, text.config.hidden_size)
         torch.nn.init.normal_(self.names.weight, std=0.25 * self.longest / count**0.5)
         self.names.bias.data.copy_(text.table.mean(0))
+        self.reader = Reader(text.config.hidden_size)
 
     def words(self, features, generator):
         """features (B, F) -> the vectors (B, D) of made-up words, not quite the same each time."""
@@ -385,16 +423,21 @@ class Painter(torch.nn.Module):
 def unet(run, latents, scale, ids, found, text, empty, look):
     """Noise prediction on scaled latents, as in tinyti.inversion, but here the weights learn.
 
-    The text transformer is trained along, as in the latent diffusion of the paper (2112.10752, section 4.3),
-    from where CLIP has left it.  A picture (its latents) is learned with any of its captions `ids`
-    (N, 6, 77).  A third of them have a word that means this individual, or this manner, alone: its vector is
-    a linear function, trained along as well, of what makes it, `found` (N, F).  So the networks learn to read
-    an individual from the one vector of one word, whichever: what Textual Inversion asks of them, and a
-    vocabulary has room for a few hundred names only.
+    The text transformer is trained along, as in the latent diffusion of the paper (2112.10752, section
+    4.3), from where CLIP has left it.  A noisy picture is seen twice, with one of its captions in words and
+    one with WORD for the individual, or the manner (`ids`, N, 4 + 4, 77).  Its vector is a linear function,
+    trained along as well, of what makes it, `found` (N, F).  So the networks learn to read an individual
+    from the one vector of one word, whichever: what Textual Inversion asks of them, and a vocabulary has
+    room for a few hundred names only.
 
-    Offset noise (a constant per picture and channel on top of eps) teaches the network that the initial noise
-    says nothing of the picture's mean colour; min-SNR weights (2303.09556, gamma 5) spend less of a small
-    network on the last, fine steps.
+    Where the words say everything and WORD is there besides, the prediction with WORD alone is drawn to the
+    one with them.  Both see the same noise, so their difference is free of it: small parts, which are next
+    to nothing in the loss on pictures, soon have the colours that the UNet knows how to draw from words.
+
+    Offset noise (a constant per picture and channel on top of eps) teaches the network that the initial
+    noise says nothing of the picture's mean colour.  The loss has min-SNR weights (2303.09556, gamma 5): a
+    small network spends less on the last, fine steps.  Where noise outweighs the picture they are
+    2310.08442's, for there it is decided what colour a part will have.
     """
     recipe, schedule = run.recipe, Schedule.from_config(SCHEDULE)
     torch.manual_seed(0)
@@ -408,21 +451,31 @@ def unet(run, latents, scale, ids, found, text, empty, look):
     layout = torch.channels_last if run.device == "cuda" else torch.contiguous_format  # each the faster
     model.to(memory_format=layout)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weights = (snr.clamp(max=5) / snr).float()
+    weights = (snr.clamp(max=5) / snr * snr.clamp(0.1, 1).rsqrt()).float()
 
     def loss_of(generator, count):
-        rows = torch.randint(len(latents), (count // 2,), generator=generator)
-        words = ids[rows, torch.randint(ids.shape[1], (count // 2,), generator=generator)].long()
-        dropped = torch.rand(count // 2, 1, generator=generator) < recipe.empty_prompts
-        words = torch.where(dropped, empty, words).to(run.device)
-        context = painter.context(words, found[rows].to(run.device), generator).repeat(2, 1, 1)
-        x_0 = scale * latents[rows].float().to(run.device).repeat(2, 1, 1, 1)  # two noises for each caption
-        t = torch.randint(schedule.num_train_timesteps, (count,), generator=generator)
-        eps = randn(x_0.shape, generator, x_0)
-        eps = eps + recipe.offset_noise * randn((*x_0.shape[:2], 1, 1), generator, x_0)
+        rows = torch.randint(len(latents), (count // 2,), generator=generator)  # in words and with WORD
+        which = torch.randint(4, (count // 2,), generator=generator)
+        words = torch.cat([ids[rows, which], ids[rows, which + 4]]).long()
+        dropped = torch.rand(count, generator=generator) < recipe.empty_prompts
+        words = torch.where(dropped[:, None], empty, words).to(run.device)
+        meant = found[rows].to(run.device).repeat(2, 1)
+        context = painter.context(words, meant, generator)
+        x_0 = scale * latents[rows].float().to(run.device).repeat(2, 1, 1, 1)
+        t = torch.randint(schedule.num_train_timesteps, (count // 2,), generator=generator).repeat(2)
+        eps = randn((count // 2, *x_0.shape[1:]), generator, x_0)
+        eps = eps + recipe.offset_noise * randn((*eps.shape[:2], 1, 1), generator, x_0)
+        eps, weight = eps.repeat(2, 1, 1, 1), weights[t].to(run.device)
         x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=layout)
-        error = (model(x_t, t.to(run.device), context).float() - schedule.target(x_0, eps, t)).square()
-        return (weights[t].to(run.device) * error.mean((1, 2, 3))).mean()
+        predicted = model(x_t, t.to(run.device), context).float()
+        error = weight * (predicted - schedule.target(x_0, eps, t)).square().mean((1, 2, 3))
+
+        whole = ((which > 1) & (rows < recipe.pictures)).repeat(2) & ~dropped
+        reading = painter.reader(context[whole], meant[whole])
+        told, drawn = predicted.chunk(2)
+        alike = weight.chunk(2)[0] * (drawn - told.detach()).square().mean((1, 2, 3))
+        alike = alike * torch.stack(whole.chunk(2)).all(0).to(run.device)
+        return error.mean() + 0.1 * reading + 10 * alike.mean()
 
     samples, batch = recipe.unet_samples, recipe.unet_batch
     train(run, "unet", painter, loss_of, samples, batch, recipe.unet_lr, ema=recipe.unet_ema, look=look)

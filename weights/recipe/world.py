@@ -926,12 +926,12 @@ def listed(phrases):
     return " and ".join(filter(None, [", ".join(phrases[:-1]), *phrases[-1:]]))
 
 
-def caption(attrs, rng, complete=False):
+def caption(attrs, rng, complete=False, most=3):
     """Say in plain English what `attrs` shows, leaving things out at random.
 
     [style] of article [colour] thing [with details] [wearing accessories] [scene or background], or the same
     without its beginning and with "in the style of" at its end. What is left out is never wrong: an unnamed
-    colour, scene or style may be any. A `complete` caption leaves out none but the details beyond three.
+    colour, scene or style may be any. A `complete` caption leaves out none but the details beyond `most`.
     """
 
     def told(chance):
@@ -942,7 +942,7 @@ def caption(attrs, rng, complete=False):
         details["patches"] += f" and {attrs['details']['more patches']}"
     brief = not complete and rng.random() < 0.25  # a plain caption, like those a new word is used in
     if complete:
-        said = rng.sample(tuple(details), min(3, len(details)))
+        said = rng.sample(tuple(details), min(most, len(details)))
     else:
         said = [part for part in details if rng.random() < 0.4 and not brief]
 
