@@ -383,16 +383,19 @@ class Reader(torch.nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.parts = torch.nn.Parameter(torch.randn(1 + len(measure.PARTS), width))
+        self.parts = torch.nn.Parameter(torch.randn(1 + len(measure.PARTS) + 4, width))
         self.attention = Attention(width, 4, width)
-        self.colour = torch.nn.Linear(width, 4)
+        self.out = torch.nn.Linear(width, 5)
 
     def forward(self, context, found):
-        """context (B, 77, D), features (B, F) -> squared error of which parts it has, of what colour."""
-        first = len(world.THINGS)
-        truth = found[:, first : first + 4 * len(self.parts)].unflatten(1, (-1, 4))
-        read = self.colour(self.attention(self.parts.expand(len(context), -1, -1), context)).float()
-        there = torch.cat([torch.ones_like(truth[..., :1]), truth[..., :1].expand(-1, -1, 3)], -1)
+        """context (B, 77, D), features (B, F) -> squared error of what parts and patches are like."""
+        colours, others = found[:, len(world.THINGS) :].tensor_split([4 * len(self.parts) - 16], 1)
+        colours, patches = colours.unflatten(1, (-1, 4)), others[:, 9:29].unflatten(1, (-1, 5))
+        has = colours[..., :1].expand(-1, -1, 3)
+        there = torch.cat([torch.ones_like(has[..., :1]), has, torch.zeros_like(has[..., :1])], -1)
+        there = torch.cat([there, (patches != 0).any(-1, keepdim=True).expand_as(patches)], 1)
+        truth = torch.cat([F.pad(colours, (0, 1)), patches], 1)
+        read = self.out(self.attention(self.parts.expand(len(context), -1, -1), context)).float()
         return (there * (read - truth).square()).sum() / there.sum().clamp(min=1)
 
 
