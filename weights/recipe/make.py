@@ -312,6 +312,11 @@ def features(attrs):
     return of_individual(attrs) + [0.0] * len(of_manner(world.MANNERS[0]))
 
 
+# Where `of_individual` has four numbers for each part and, behind nine proportions, five for each patch.
+COLOURS = slice(len(world.THINGS), len(world.THINGS) + 4 * (1 + len(measure.PARTS)))
+PATCHES = slice(COLOURS.stop + 9, COLOURS.stop + 9 + 4 * 5)
+
+
 def of_individual(attrs):
     """Its thing, the colours it has (1 and three levels for each part), its proportions and its patches."""
     look = attrs["identity"]
@@ -389,8 +394,7 @@ class Reader(torch.nn.Module):
 
     def forward(self, context, found):
         """context (B, 77, D), features (B, F) -> squared error of what parts and patches are like."""
-        colours, others = found[:, len(world.THINGS) :].tensor_split([4 * len(self.parts) - 16], 1)
-        colours, patches = colours.unflatten(1, (-1, 4)), others[:, 9:29].unflatten(1, (-1, 5))
+        colours, patches = (found[:, part].unflatten(1, (-1, n)) for part, n in ((COLOURS, 4), (PATCHES, 5)))
         has = colours[..., :1].expand(-1, -1, 3)
         there = torch.cat([torch.ones_like(has[..., :1]), has, torch.zeros_like(has[..., :1])], -1)
         there = torch.cat([there, (patches != 0).any(-1, keepdim=True).expand_as(patches)], 1)
@@ -476,8 +480,8 @@ def unet(run, latents, scale, ids, found, text, empty, look):
         whole = ((which > 1) & (rows < recipe.pictures)).repeat(2) & ~dropped
         reading = painter.reader(context[whole], meant[whole])
         told, drawn = predicted.chunk(2)
-        alike = weight.chunk(2)[0] * (drawn - told.detach()).square().mean((1, 2, 3))
-        alike = alike * torch.stack(whole.chunk(2)).all(0).to(run.device)
+        pairs = torch.stack(whole.chunk(2)).all(0).to(run.device)
+        alike = pairs * weight[: count // 2] * (drawn - told.detach()).square().mean((1, 2, 3))
         return error.mean() + 0.1 * reading + 10 * alike.mean()
 
     samples, batch = recipe.unet_samples, recipe.unet_batch
