@@ -24,7 +24,7 @@ from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
 OPTIMIZERS = {"whitened": (whitened, 1e-2), "adam": (adam, 5e-3)}  # and their learning rates
-AVERAGE = 50  # steps that the word is an average over
+AVERAGE = 10  # steps that the word is an average over
 EVALUATE_EVERY = 5  # steps
 EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
 CAP = 4.5  # how long whitened steps may make a vector, in median lengths of the vocabulary's rows
