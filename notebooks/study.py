@@ -186,7 +186,9 @@ def run(model, clip, name, seed, settings):
                 if word.step * s["batch"] >= samples and f"loss {samples}" not in found:
                     found[f"loss {samples}"] = heldout_loss(model, heldout)
             began = time.perf_counter()
-    found |= {"loss": found[f"loss {s['samples']}"], "norm": concept.norm().mean().item(), "seconds": seconds}
+    last = f"loss {word.step * s['batch']}"
+    loss = found[last] if last in found else heldout_loss(model, heldout)
+    found |= {"loss": loss, "norm": concept.norm().mean().item(), "seconds": seconds}
     return found | scores(model, *clip, name)
 
 
@@ -221,11 +223,11 @@ def table(rows):
     for row in rows:
         groups[label(row)].append(row)
     losses = {(label(row), row["set"], row["seed"]): float(row["loss"]) for row in rows}
-    wide = label({**DEFAULT, **WIDE})
+    wide = label(DEFAULT | WIDE)
     lines = [["changed", "runs", *columns, "loss − its base"], ["---"] * (len(columns) + 3)]
     for name, group in groups.items():
         found = [[float(row[column]) for row in group if row[column]] for column in columns]
-        base = wide if wide in name and name != wide else "default"
+        base = wide if wide in name.split(", ") and name != wide else "default"
         keys = [(base, row["set"], row["seed"]) for row in group]
         d = [float(row["loss"]) - losses[key] for row, key in zip(group, keys) if key in losses]
         cells = [f"{statistics.mean(values):.4g}" if values else "" for values in found]
