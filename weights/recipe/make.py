@@ -17,7 +17,7 @@ import random
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import abstract
@@ -30,7 +30,7 @@ import world
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, trainers
-from training import PROCESSES, RANK, Run, in_turn, to_images, train
+from training import PROCESSES, RANK, Run, in_turn, integers, to_images, train, uniform
 
 import tinyti
 from tinyti.cli import GUIDANCE
@@ -95,6 +95,14 @@ class Recipe:
     guidance: float = GUIDANCE
 
 
+ON_A_GPU = {  # sizes for ten minutes of an H100; training.train has the batches and rates
+    "clip_samples": 1_000_000,
+    "vae_samples": 120_000,
+    "unet_samples": 2_800_000,
+    "probe_samples": 2_000_000,
+}
+
+
 # -- pictures ------------------------------------------------------------------------------------------
 
 
@@ -125,7 +133,7 @@ def _render(args):
 
 
 def render(run, kind, total):
-    """Draw `total` pictures, a process a core: -> KIND.npy, (N, S, S, 3) uint8, and what is said of them."""
+    """Draw `total` pictures, a process a core: -> a tensor, (N, S, S, 3) uint8, and what is said of them."""
     captions = run / f"{kind}.json"
     if not captions.exists():
         began = time.time()
@@ -137,7 +145,7 @@ def render(run, kind, total):
         said = [caption for _, lines in parts for caption in lines]
         run.write(captions.name, lambda p: p.write_text(json.dumps(said)))
         run.cost(kind, total, time.time() - began)
-    return np.load(run / f"{kind}.npy", mmap_mode="r"), json.loads(captions.read_text())
+    return run.tensor(run / f"{kind}.npy"), json.loads(captions.read_text())
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------
@@ -186,7 +194,8 @@ def clip(run, array, ids, full, captions):
     """
     recipe = run.recipe
     heads, trained = ("thing", "colour", "scene", "style"), captions[: recipe.pictures]
-    drawn = {head: measure.numbers(trained, head) for head in heads}
+    drawn = {head: measure.numbers(trained, head).to(run.device) for head in heads}
+    ids, full = ids.to(run.device), full.to(run.device)
     alike = [("colour", "scene"), ("colour", "style"), ("scene", "style"), *[("thing", "colour")] * 3]
     tower = {
         "hidden_size": recipe.clip_width,
@@ -205,15 +214,14 @@ def clip(run, array, ids, full, captions):
     used = max(int((each == text.eos_token_id).int().argmax(1).max()) + 1 for each in (ids, full))
 
     def loss_of(generator, count):
-        rows = torch.randint(recipe.pictures, (count,), generator=generator)
-        kind = int(torch.randint(9, (), generator=generator))
+        rows = integers(recipe.pictures, count, generator)
+        kind = int(integers(9, (), generator))
         if kind < len(alike):
             same = torch.stack([drawn[k] == drawn[k][rows[0]] for k in alike[kind]]).all(0).nonzero()[:, 0]
-            rows = same[torch.randint(len(same), (count,), generator=generator)]
+            rows = same[integers(len(same), count, generator)]
         by_details = kind < len(alike) and "thing" in alike[kind]
-        words = (full if by_details else ids)[rows, :used].to(run.device)
-        images = to_images(array[rows.numpy()]).to(run.device)
-        a, b = model.encode_image(images).float(), model.encode_text(words).float()
+        words = (full if by_details else ids)[rows, :used]
+        a, b = model.encode_image(to_images(array[rows])).float(), model.encode_text(words).float()
         with torch.autocast(run.device, enabled=False):
             logits = model.logit_scale.exp().clamp(max=100) * a @ b.T
         truth = torch.arange(len(rows), device=run.device)
@@ -241,13 +249,12 @@ def initialise(model):
 def recoloured(images, generator):
     """Half of the pictures (B, 3, S, S) as they are; the others paler, with swapped or inverted channels."""
     count = len(images)
-    swap = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
-    sign = torch.randint(2, (count, 3, 1, 1), generator=generator) * 2 - 1
-    low = torch.rand(count, 3, 1, 1, generator=generator) * 0.6 + 0.4  # of the contrast that is left
-    other = images[torch.arange(count)[:, None], swap] * sign * low
-    other = other + (1 - low) * (torch.rand(count, 3, 1, 1, generator=generator) * 2 - 1)
-    keep = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(keep, images, other)
+    swap = uniform((count, 3), generator).argsort(1)
+    sign = integers(2, (count, 3, 1, 1), generator) * 2 - 1
+    low = uniform((count, 3, 1, 1), generator) * 0.6 + 0.4  # of the contrast that is left
+    other = images[torch.arange(count, device=images.device)[:, None], swap] * sign * low
+    other = other + (1 - low) * (uniform((count, 3, 1, 1), generator) * 2 - 1)
+    return torch.where(uniform((count, 1, 1, 1), generator) < 0.5, images, other)
 
 
 def edges(images):
@@ -266,10 +273,8 @@ def vae(run, array, others):
 
     def loss_of(generator, count):
         few = count * 3 // 10
-        rows = torch.randint(recipe.pictures, (count - few,), generator=generator)
-        images = recoloured(to_images(array[rows.numpy()]), generator)
-        rows = torch.randint(len(others), (few,), generator=generator)
-        images = torch.cat([images, to_images(others[rows.numpy()])]).to(run.device)
+        images = recoloured(to_images(array[integers(recipe.pictures, count - few, generator)]), generator)
+        images = torch.cat([images, to_images(others[integers(len(others), few, generator)])])
         mean, std = model.encode(images)
         mean, std = mean.float(), std.float()
         z = mean + std * randn(mean.shape, generator, mean)
@@ -288,21 +293,17 @@ def vae(run, array, others):
 
 def encoded(run, coder, kind, count, array):
     """A sample of each picture's latents, (count, C, h, w) in fp16, computed once and kept."""
-    path, temporary = run / f"{kind}-latents.npy", run / f"{kind}-latents.tmp.npy"
+    path, size = run / f"{kind}-latents.npy", 32 if run.device == "cpu" else 1024
     if not path.exists():
-        began, kept = time.time(), None
-        for i in range(0, count, 32):
+        began, parts = time.time(), []
+        for i in range(0, count, size):
             with torch.no_grad(), torch.autocast(run.device, torch.bfloat16):
-                mean, std = coder.encode(to_images(array[i : min(i + 32, count)]).to(run.device))
+                mean, std = coder.encode(to_images(array[i : min(i + size, count)]))
             z = mean + std * randn(mean.shape, torch.Generator().manual_seed(i), mean)
-            part = z.half().cpu().numpy()
-            if kept is None:
-                kept = np.lib.format.open_memmap(temporary, "w+", part.dtype, (count, *part.shape[1:]))
-            kept[i : i + len(part)] = part
-        kept.flush()
-        temporary.replace(path)
+            parts.append(z.half().cpu())
+        run.write(path.name, lambda p: np.save(p.open("wb"), torch.cat(parts).numpy()))
         run.cost(f"{kind} encoded", count, time.time() - began)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return run.tensor(path)
 
 
 def features(attrs):
@@ -365,15 +366,24 @@ def with_word(attrs, lot):
     return caption
 
 
-def captioned(run, words):
+def _captioned(args):
+    folder, pictures, numbers = args
+    words = Tokenizer.from_folder(folder)
+    words.add(WORD)
+    pages = [world.attributes(random.Random(n)) if n < pictures else mannered(n - pictures) for n in numbers]
+    ids = [words(said(attrs, n)).short().numpy() for n, attrs in zip(numbers, pages)]
+    return np.stack(ids), np.array([features(attrs) for attrs in pages], np.float32)
+
+
+def captioned(run):
     """The pages' captions, ids (N, 8, 77), and what their made-up words stand for (N, F), computed once."""
-    path, recipe = run / "captioned.pt", run.recipe
+    path, pictures = run / "captioned.pt", run.recipe.pictures
     if not path.exists():
-        words.add(WORD)
-        pages = [world.attributes(random.Random(seed)) for seed in range(recipe.pictures)]
-        pages += [mannered(seed) for seed in range(recipe.mannered)]
-        ids = torch.stack([words(said(attrs, seed)).short() for seed, attrs in enumerate(pages)])
-        found = torch.tensor([features(attrs) for attrs in pages])
+        total = pictures + run.recipe.mannered
+        parts = (range(i, min(i + 512, total)) for i in range(0, total, 512))
+        with ProcessPoolExecutor() as pool:
+            made = list(pool.map(_captioned, ((run / "tokenizer", pictures, part) for part in parts)))
+        ids, found = (torch.from_numpy(np.concatenate(each)) for each in zip(*made))
         run.write(path.name, lambda p: torch.save([ids, found], p))
     return torch.load(path)
 
@@ -392,14 +402,15 @@ class Reader(torch.nn.Module):
         self.attention = Attention(width, 4, width)
         self.out = torch.nn.Linear(width, 5)
 
-    def forward(self, context, found):
-        """context (B, 77, D), features (B, F) -> squared error of what parts and patches are like."""
+    def forward(self, context, found, whole):
+        """context (B, 77, D), features (B, F), which to ask (B,) -> squared error of parts and patches."""
         colours, patches = (found[:, part].unflatten(1, (-1, n)) for part, n in ((COLOURS, 4), (PATCHES, 5)))
         has = colours[..., :1].expand(-1, -1, 3)
         there = torch.cat([torch.ones_like(has[..., :1]), has, torch.zeros_like(has[..., :1])], -1)
         there = torch.cat([there, (patches != 0).any(-1, keepdim=True).expand_as(patches)], 1)
         truth = torch.cat([F.pad(colours, (0, 1)), patches], 1)
         read = self.out(self.attention(self.parts.expand(len(context), -1, -1), context)).float()
+        there = there * whole[:, None, None]
         return (there * (read - truth).square()).sum() / there.sum().clamp(min=1)
 
 
@@ -458,29 +469,30 @@ def unet(run, latents, scale, ids, found, text, empty, look):
     layout = torch.channels_last if run.device == "cuda" else torch.contiguous_format  # each the faster
     model.to(memory_format=layout)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weights = (snr.clamp(max=5) / snr * snr.clamp(0.1, 1).rsqrt()).float()
+    weights = (snr.clamp(max=5) / snr * snr.clamp(0.1, 1).rsqrt()).float().to(run.device)
+    ids, found, empty = ids.to(run.device), found.to(run.device), empty.to(run.device)
 
     def loss_of(generator, count):
-        rows = torch.randint(len(latents), (count // 2,), generator=generator)  # in words and with WORD
-        which = torch.randint(4, (count // 2,), generator=generator)
+        rows = integers(len(latents), count // 2, generator)  # in words and with WORD
+        which = integers(4, count // 2, generator)
         words = torch.cat([ids[rows, which], ids[rows, which + 4]]).long()
-        dropped = torch.rand(count, generator=generator) < recipe.empty_prompts
-        words = torch.where(dropped[:, None], empty, words).to(run.device)
-        meant = found[rows].to(run.device).repeat(2, 1)
+        dropped = uniform(count, generator) < recipe.empty_prompts
+        words = torch.where(dropped[:, None], empty, words)
+        meant = found[rows].repeat(2, 1)
         context = painter.context(words, meant, generator)
-        x_0 = scale * latents[rows].float().to(run.device).repeat(2, 1, 1, 1)
-        t = torch.randint(schedule.num_train_timesteps, (count // 2,), generator=generator).repeat(2)
+        x_0 = scale * latents[rows].float().repeat(2, 1, 1, 1)
+        t = integers(schedule.num_train_timesteps, count // 2, generator).repeat(2)
         eps = randn((count // 2, *x_0.shape[1:]), generator, x_0)
         eps = eps + recipe.offset_noise * randn((*eps.shape[:2], 1, 1), generator, x_0)
-        eps, weight = eps.repeat(2, 1, 1, 1), weights[t].to(run.device)
+        eps, weight = eps.repeat(2, 1, 1, 1), weights[t]
         x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=layout)
-        predicted = model(x_t, t.to(run.device), context).float()
+        predicted = model(x_t, t, context).float()
         error = weight * (predicted - schedule.target(x_0, eps, t)).square().mean((1, 2, 3))
 
         whole = ((which > 1) & (rows < recipe.pictures)).repeat(2) & ~dropped
-        reading = painter.reader(context[whole], meant[whole])
+        reading = painter.reader(context, meant, whole)
         told, drawn = predicted.chunk(2)
-        pairs = torch.stack(whole.chunk(2)).all(0).to(run.device)
+        pairs = torch.stack(whole.chunk(2)).all(0)
         alike = pairs * weight[: count // 2] * (drawn - told.detach()).square().mean((1, 2, 3))
         return error.mean() + 0.1 * reading + 10 * alike.mean()
 
@@ -601,10 +613,10 @@ def make(run, out, last):
     latents = torch.cat([latents, more])
     scale = 1 / latents[:8192].float().std().item()
     coder.config.scaling_factor = scale
-    ids, found = in_turn(lambda: captioned(run, words))
+    ids, found = in_turn(lambda: captioned(run))
     schedule = Schedule.from_config(SCHEDULE)
     prompts = [c["complete"] for c in captions[count : count + 24]]
-    shown = to_images(array[count : count + 24])
+    shown = to_images(array[count : count + 24]).cpu()
 
     def look(painter, seen):
         whole = tinyti.LatentDiffusion(words, painter.text, coder, painter.unet, schedule)
@@ -627,12 +639,13 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "run", help="the folder for unfinished work")
     parser.add_argument("--weights", type=Path, help="go on from the networks of this finished folder")
     parser.add_argument("--stage", choices=("pictures", "clip", "vae"), help="end after this stage")
+    recipe = Recipe(**ON_A_GPU) if torch.cuda.is_available() else Recipe()
     for stage in ("clip", "vae", "unet"):
-        default = getattr(Recipe, f"{stage}_samples")
+        default = getattr(recipe, f"{stage}_samples")
         parser.add_argument(f"--{stage}-samples", type=int, default=default, help=f"default: {default:,}")
     args = parser.parse_args()
     samples = {f"{stage}_samples": getattr(args, f"{stage}_samples") for stage in ("clip", "vae", "unet")}
-    run = Run(args.work, Recipe(**samples), args.weights)
+    run = Run(args.work, replace(recipe, **samples), args.weights)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if run.device == "cuda" else "gloo")
     make(run, args.out, args.stage)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import world
 from PIL import Image
 from safetensors.torch import load_file
-from training import to_images, train
+from training import integers, to_images, train, uniform
 
 import tinyti
 
@@ -47,24 +47,23 @@ class Probe(torch.nn.Module):
 
 def probe(run, array, captions):
     """Train the probe on rendered pictures, mirrored and moved a little, lest it learn them by heart."""
-    truth = {name: numbers(captions, name) for name in HEADS}
-    things = truth["thing"]
+    truth = {name: numbers(captions, name).to(run.device) for name in HEADS}
     has = torch.tensor([[part in world.PARTS[thing] for thing in HEADS["thing"]] for part in PARTS])
+    has = has.to(run.device)[:, truth["thing"]]  # (parts, pictures)
     torch.manual_seed(0)
     model = Probe()
 
     def loss_of(generator, count):
-        rows = torch.randint(run.recipe.pictures, (count,), generator=generator)
-        images = to_images(array[rows.numpy()])
-        mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-        by = torch.randint(-3, 4, (2,), generator=generator).tolist()
-        images = torch.where(mirrored, images.flip(-1), images).roll(by, (2, 3))
-        logits = model(images.to(run.device))
+        rows = integers(run.recipe.pictures, count, generator)
+        images = to_images(array[rows])
+        images = torch.where(uniform((count, 1, 1, 1), generator) < 0.5, images.flip(-1), images)
+        by = (integers(7, 2, generator) - 3).tolist()
+        logits = model(images.roll(by, (2, 3)))
         total = 0
         for name in HEADS:
-            each = F.cross_entropy(logits[name], truth[name][rows].to(run.device), reduction="none")
+            each = F.cross_entropy(logits[name], truth[name][rows], reduction="none")
             if name in PARTS:  # asked only of the things that have the part
-                each = each * has[PARTS.index(name)][things[rows]].to(each)
+                each = each * has[PARTS.index(name), rows]
             total = total + each.mean()
         return total
 
@@ -130,7 +129,7 @@ def concept_sets():
     found = {}
     for name in json.loads((root / "concepts.json").read_text()):
         files = sorted((root / name).rglob("*.png"))
-        found[name] = torch.cat([to_images(np.asarray(Image.open(f).convert("RGB"))[None]) for f in files])
+        found[name] = torch.cat([to_images(np.array(Image.open(f).convert("RGB"))[None]) for f in files])
     return found
 
 
@@ -139,7 +138,7 @@ def figures(run, out, judge, array, captions):
     """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
     recipe, model = run.recipe, tinyti.load(out, run.device)
     unseen = [i for i in range(recipe.pictures, len(array)) if not captions[i]["manner"]]
-    images, about = to_images(array[unseen]), [captions[i] for i in unseen]
+    images, about = to_images(array[unseen]).cpu(), [captions[i] for i in unseen]
     prompts = [c["complete"] for c in about]
 
     towers, words = tinyti.load_clip(out / "clip")
