@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import sample as sample_py
 import tinyti
+import train as train_py
 from tinyti import inversion
 from tinyti.concept import Concept
 from tinyti.data import OBJECT_TEMPLATES, read_folder
@@ -203,3 +205,11 @@ def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
     assert here.step == 32 and here.word.device.type == "cpu"
     back = learn(there, on_gpu, 34, here.state_dict(), batch_size=8)
     assert back.word.device.type == "cuda" and diagnose(back) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_both_programs_take_the_gpu_that_is_there(tmp_path):
+    flags = ["--images", str(CONCEPTS / "cat"), "--token", "S*", "--out", str(tmp_path / "S")]
+    assert train_py.main(flags) == 0
+    assert sample_py.main(["a photo of S*", "--words", str(tmp_path / "S"), "--out", str(tmp_path)]) == 0

@@ -144,7 +144,7 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
         raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
                          "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
-    if is_cuda:
+    if is_cuda and ":" in name:
         torch.cuda.set_device(name)
     if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
         native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
