@@ -41,8 +41,9 @@ def arguments(argv=None):
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
     add("--steps", type=cli.number(1, 10**5, int), default=50, help="more are slower and, to a point, better")
-    add("--guidance", type=cli.number(0, 100), default=cli.GUIDANCE,
-        help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance")  # fmt: skip
+    add("--guidance", type=cli.number(0, 100),
+        help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
+             f"by default {cli.GUIDANCE:g} with the miniature, else 7.5")  # fmt: skip
     add("--eta", type=cli.number(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
     add("--size", type=cli.number(1, 4096, int), nargs="+", metavar="PIXELS",
         help="side, or height and width; by default what the model was trained on")  # fmt: skip
@@ -63,6 +64,7 @@ def arguments(argv=None):
         raise ValueError(f"--size has {len(args.size)} numbers; give the side, or height and width")
     if args.mask and not args.image:
         raise ValueError(f"--mask {args.mask} has no picture to keep the rest of; give it by --image")
+    args.guidance = cli.guidance(args.weights) if args.guidance is None else args.guidance
     return args
 
 

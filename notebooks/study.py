@@ -57,8 +57,8 @@ DEFAULT = {
     "high": inversion.TIMESTEPS[1], "draws": "independent",
 }  # fmt: skip
 ADAM = {"optimizer": "adam", "lr": 5e-3}
-WIDE = {"average": 50}
-SWEEP = [  # what differs from WIDE, setting by setting: it was made when a word was an average over 50 steps
+STUDY = [  # what differs from the default
+    {},
     *({"lr": lr} for lr in (3e-3, 5e-3, 2e-2, 4e-2)),
     *({"exponent": exponent} for exponent in (0.25, 1.0)),
     *({"floor": floor} for floor in (1e-4, 1e-2, 1e-1)),
@@ -67,17 +67,12 @@ SWEEP = [  # what differs from WIDE, setting by setting: it was made when a word
     *({"samples": samples} for samples in (200, 800, 2000)),
     *({"cap": cap} for cap in (2.25, 9.0, math.inf)),  # in median lengths of the vocabulary's rows
     {"start": "word"},  # the word in concepts.json
+    *({"average": steps} for steps in (1, 5, 25, 50)),
     *({"low": low, "high": high} for low, high in ((0.0, 1.0), (0.0, 0.95), (0.25, 1.0), (0.5, 0.9))),
     {"draws": "stratified"},
     *(ADAM | {"samples": samples} for samples in (400, 2000)),
     *(ADAM | {"lr": lr} for lr in (1e-2, 2e-2, 4e-2)),
     ADAM | {"start": "word", "samples": 2000},
-]
-STUDY = [  # what differs from the default
-    {},
-    *({"average": steps} for steps in (1, 25)),
-    WIDE,
-    *(WIDE | change for change in SWEEP),
     ADAM | {"start": "word", "samples": 2000, "low": 0.0, "high": 1.0, "average": 1},  # the paper's way
 ]
 CHECKPOINTS = (0, 48, 96, 200, 400, 800, 1200, 2000)  # samples
@@ -182,7 +177,7 @@ def run(model, clip, name, seed, settings):
         steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
         for _ in invert(model, word, examples, steps, s["batch"], seed, span=span):
             seconds += time.perf_counter() - began
-            for samples in CHECKPOINTS:
+            for samples in CHECKPOINTS if label(s) in FIGURE else ():
                 if word.step * s["batch"] >= samples and f"loss {samples}" not in found:
                     found[f"loss {samples}"] = heldout_loss(model, heldout)
             began = time.perf_counter()
@@ -217,18 +212,15 @@ def append(row):
 
 
 def table(rows):
-    """Means over sets and seeds; the loss also against the default's on the same, or WIDE's in the sweep,
-    ± standard error."""
+    """Means over sets and seeds; the loss also against the default's on the same, ± standard error."""
     groups, columns = defaultdict(list), COLUMNS[len(KEYS) :]
     for row in rows:
         groups[label(row)].append(row)
     losses = {(label(row), row["set"], row["seed"]): float(row["loss"]) for row in rows}
-    wide = label(DEFAULT | WIDE)
-    lines = [["changed", "runs", *columns, "loss − its base"], ["---"] * (len(columns) + 3)]
+    lines = [["changed", "runs", *columns, "loss − default's"], ["---"] * (len(columns) + 3)]
     for name, group in groups.items():
         found = [[float(row[column]) for row in group if row[column]] for column in columns]
-        base = wide if wide in name.split(", ") and name != wide else "default"
-        keys = [(base, row["set"], row["seed"]) for row in group]
+        keys = [("default", row["set"], row["seed"]) for row in group]
         d = [float(row["loss"]) - losses[key] for row, key in zip(group, keys) if key in losses]
         cells = [f"{statistics.mean(values):.4g}" if values else "" for values in found]
         error = f"{statistics.mean(d):+.5f} ± {statistics.stdev(d) / len(d) ** 0.5:.5f}" if len(d) > 1 else ""

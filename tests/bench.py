@@ -189,7 +189,7 @@ def head(*cells):
 def isolated(function, **arguments):
     """What a function of this file prints as JSON, in a process of its own."""
     command = [sys.executable, "-c", f"import tests.bench as b; b.{function.__name__}(**{arguments!r})"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -267,7 +267,8 @@ def programs(args, name, seed, out, about):
     """Run both on a set: {(side, samples): (seconds since the program's start, the word's file)}."""
     images, is_style = ROOT / "concepts" / name, about["kind"] == "style"
     command = [sys.executable, "train.py", "--images", images, "--token", "S*", "--seed", seed, "--out", out]
-    command += ["--weights", args.weights, "--device", args.device, *["--style"] * is_style]
+    command += ["--weights", args.weights, "--device", args.device, "--precision", "fp32"]
+    command += ["--style"] * is_style
     began = time.time()
     subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)  # status 1: nothing learned
     words = {("tinyti", STEPS * BATCH_SIZE): (time.time() - began, out / WORD_FILE)}

@@ -132,8 +132,8 @@ class Run:
         """A picture for each prompt with these vectors, always from the same noise."""
         self.word.show(vectors)
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        settings = {"steps": 10, "sampler": "dpm++", "guidance": cli.GUIDANCE, "size": self.args.size}
-        *_, x_0 = sample(self.model, prompts, generator=generators, **settings)
+        settings = {"steps": 10, "sampler": "dpm++", "generator": generators, "size": self.args.size}
+        *_, x_0 = sample(self.model, prompts, guidance=cli.guidance(self.args.weights), **settings)
         self.word.show(self.word.word)
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
 
