@@ -54,7 +54,7 @@ DEFAULT = {
     "floor": FLOOR, "momentum": 0.9, "cap": inversion.CAP, "batch": inversion.BATCH_SIZE,
     "samples": inversion.BATCH_SIZE * inversion.STEPS,
     "start": "mean", "average": inversion.AVERAGE, "low": inversion.TIMESTEPS[0],
-    "high": inversion.TIMESTEPS[1], "draws": "independent",
+    "high": inversion.TIMESTEPS[1], "draws": "independent", "guidance": GUIDANCE,
 }  # fmt: skip
 ADAM = {"optimizer": "adam", "lr": 5e-3}
 STUDY = [  # what differs from the default
@@ -129,33 +129,34 @@ def add_word(model, vectors):
     return model.add_word("S*", vectors)
 
 
-def pictures(model, prompts):
+def pictures(model, prompts, guidance=GUIDANCE):
     """A picture of each prompt, always from the same noise."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    *_, x_0 = tinyti.sample(model, prompts, 12, GUIDANCE, "dpm++", generator=generators)
+    *_, x_0 = tinyti.sample(model, prompts, 12, guidance, "dpm++", generator=generators)
     return [to_image(pixels) for pixels in model.decode(x_0)]
 
 
 @torch.no_grad()
-def scores(model, clip, tokenizer, name):
+def scores(model, clip, tokenizer, name, guidance=GUIDANCE):
     """What the pictures of S* are worth: {one of SCORES: value}, those of the judge if it has its weights.
 
     Likeness: CLIP-I, and how many the judge takes for the one.  Obedience: how many show the scene that they
     should, as the judge sees it, and the style, which is that of the caption nearest in CLIP's space.
     """
     is_style, start, found = SETS[name]["kind"] == "style", SETS[name]["start"], {}
-    drawn = pictures(model, 8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
+    draw = partial(pictures, model, guidance=guidance)
+    drawn = draw(8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
     heldout = [Image.open(f).convert("RGB") for f in sorted((ROOT / "concepts" / name / "heldout").iterdir())]
     found["clip_i"] = clip_i(clip, drawn, heldout)
     if judge.FILE.exists():
         found["judge"] = (judge.judge(drawn)[:, judge.SETS.index(name)] > 0.5).float().mean().item()
         prompt = "a painting of a cat {} in the style of S*" if is_style else "a photo of S* {}"
-        drawn = pictures(model, [prompt.format(place) for place in 2 * list(PLACES.values())])
+        drawn = draw([prompt.format(place) for place in 2 * list(PLACES.values())])
         found["scene"] = statistics.mean(a == b for a, b in zip(2 * list(PLACES), judge.scenes(drawn)))
     if not is_style:
         captions = clip.encode_text(tokenizer([f"a {style} of a {start}" for style in STYLES]))
         asked = torch.tensor(4 * [1, 2])  # the photos are no question
-        drawn = clip.encode_image(pictures(model, [f"a {STYLES[i]} of S*" for i in asked]))
+        drawn = clip.encode_image(draw([f"a {STYLES[i]} of S*" for i in asked]))
         found["style"] = ((drawn @ captions.T).argmax(1) == asked).float().mean().item()
     return found
 
@@ -184,7 +185,7 @@ def run(model, clip, name, seed, settings):
     last = f"loss {word.step * s['batch']}"
     loss = found[last] if last in found else heldout_loss(model, heldout)
     found |= {"loss": loss, "norm": concept.norm().mean().item(), "seconds": seconds}
-    return found | scores(model, *clip, name)
+    return found | scores(model, *clip, name, s["guidance"])
 
 
 def label(row):
