@@ -64,7 +64,6 @@ def arguments(argv=None):
         raise ValueError(f"--size has {len(args.size)} numbers; give the side, or height and width")
     if args.mask and not args.image:
         raise ValueError(f"--mask {args.mask} has no picture to keep the rest of; give it by --image")
-    args.guidance = cli.guidance(args.weights) if args.guidance is None else args.guidance
     return args
 
 
@@ -91,6 +90,8 @@ def draw(args):
     if args.image:
         walk, finish, steps = edit(args, model, size)
 
+    if args.guidance is None:
+        args.guidance = cli.guidance(args.weights)
     options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "eta", "negative")}
     settings = options | {"size": size, "words": list(model.concepts), "weights": Path(args.weights).name}
     if args.image:
