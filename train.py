@@ -87,8 +87,7 @@ def train(args):
     photos, passed_over = read_folder(args.images, size)
     if passed_over:
         cli.say(f"passed over {'; '.join(passed_over)}")
-    is_tiny = Path(args.weights).resolve() == cli.TINY
-    if is_tiny and cli.ROOT / "concepts" not in Path(args.images).resolve().parents:
+    if cli.is_tiny(args.weights) and cli.ROOT / "concepts" not in Path(args.images).resolve().parents:
         cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
 
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
@@ -156,7 +155,7 @@ def report(args, model, word, examples, run):
         print("nearest words:", ", ".join(words))
         prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
         command = ["python", "sample.py", prompt, "--words", str(cli.shown(run.folder))]
-        if Path(args.weights).resolve() != cli.TINY:
+        if not cli.is_tiny(args.weights):
             command += ["--weights", args.weights]
         print("use it:", shlex.join(command))
     return 1 if problem else 0

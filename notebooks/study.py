@@ -131,7 +131,7 @@ def add_word(model, vectors):
     return model.add_word("S*", vectors)
 
 
-def pictures(model, prompts, guidance=GUIDANCE):
+def pictures(model, prompts, guidance):
     """A picture of each prompt, always from the same noise."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     *_, x_0 = tinyti.sample(model, prompts, 12, guidance, "dpm++", generator=generators)
@@ -146,19 +146,19 @@ def scores(model, clip, tokenizer, name, guidance=GUIDANCE):
     should, as the judge sees it, and the style, which is that of the caption nearest in CLIP's space.
     """
     is_style, start, found = SETS[name]["kind"] == "style", SETS[name]["start"], {}
-    draw = partial(pictures, model, guidance=guidance)
-    drawn = draw(8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
+    paint = partial(pictures, model, guidance=guidance)
+    drawn = paint(8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
     heldout = [Image.open(f).convert("RGB") for f in sorted((ROOT / "concepts" / name / "heldout").iterdir())]
     found["clip_i"] = clip_i(clip, drawn, heldout)
     if judge.FILE.exists():
         found["judge"] = (judge.judge(drawn)[:, judge.SETS.index(name)] > 0.5).float().mean().item()
         prompt = "a painting of a cat {} in the style of S*" if is_style else "a photo of S* {}"
-        drawn = draw([prompt.format(place) for place in 2 * list(PLACES.values())])
+        drawn = paint([prompt.format(place) for place in 2 * list(PLACES.values())])
         found["scene"] = statistics.mean(a == b for a, b in zip(2 * list(PLACES), judge.scenes(drawn)))
     if not is_style:
         captions = clip.encode_text(tokenizer([f"a {style} of a {start}" for style in STYLES]))
         asked = torch.tensor(4 * [1, 2])  # the photos are no question
-        drawn = clip.encode_image(draw([f"a {STYLES[i]} of S*" for i in asked]))
+        drawn = clip.encode_image(paint([f"a {STYLES[i]} of S*" for i in asked]))
         found["style"] = ((drawn @ captions.T).argmax(1) == asked).float().mean().item()
     return found
 
@@ -176,11 +176,12 @@ def run(model, clip, name, seed, settings):
         choice = {"exponent": s["exponent"], "floor": s["floor"], "beta": s["momentum"]}
         word.optimizer = partial(variant, lr=s["lr"], cap=cap, **choice)
     found, seconds, began = {"loss 0": heldout_loss(model, heldout)}, 0.0, time.perf_counter()
+    on_the_way = CHECKPOINTS if label(s) in FIGURE else ()
     with patch.multiple(inversion, AVERAGE=s["average"], draw=DRAWS[s["draws"]]):
         steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
         for _ in invert(model, word, examples, steps, s["batch"], seed, span=span):
             seconds += time.perf_counter() - began
-            for samples in CHECKPOINTS if label(s) in FIGURE else ():
+            for samples in on_the_way:
                 if word.step * s["batch"] >= samples and f"loss {samples}" not in found:
                     found[f"loss {samples}"] = heldout_loss(model, heldout)
             began = time.perf_counter()

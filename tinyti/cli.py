@@ -88,9 +88,14 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
     return load(args.weights, device, dtype, args.prediction, args.tokenizer)
 
 
+def is_tiny(weights: str) -> bool:
+    """Whether these weights are the bundled miniature."""
+    return Path(weights).resolve() == TINY
+
+
 def guidance(weights: str) -> float:
     """How strong guidance is by default: on the miniature as its judge likes it, else diffusers' 7.5."""
-    return GUIDANCE if Path(weights).resolve() == TINY else 7.5
+    return GUIDANCE if is_tiny(weights) else 7.5
 
 
 def shown(path: str | Path) -> Path:
