@@ -209,6 +209,27 @@ def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_recorded_kernels_compute_the_same(dtype, monkeypatch):
+    there = tinyti.load(TINY, "cuda", dtype)
+    examples = make_examples(there, "S*", read_folder(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
+    recorded = learn(there, examples, steps=7, batch_size=5, accumulate=2)  # parts of 2 and of 3
+    monkeypatch.setattr(inversion, "recorded", lambda function: function)
+    direct = learn(there, examples, steps=7, batch_size=5, accumulate=2)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(torch.stack(recorded.log), torch.stack(direct.log), **tolerance)
+    with torch.no_grad():
+        for size in (1, 2, 3, 4, 5, 1):  # more shapes than are kept
+            x_t, t = torch.randn(2, size, 4, 8, 8).to("cuda", dtype), torch.randint(1000, (2, size)).cuda()
+            context = torch.randn(2, size, 77, there.text.table.shape[1]).to("cuda", dtype)
+            pairs = [(there.predict(*inputs), inputs) for inputs in zip(x_t, t, context)]
+            for found, inputs in pairs:  # the first result is what it was after the second call
+                torch.testing.assert_close(found, there.unet(*inputs), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_both_programs_take_the_gpu_that_is_there(tmp_path):
     flags = ["--images", str(CONCEPTS / "cat"), "--token", "S*", "--out", str(tmp_path / "S")]
     assert train_py.main(flags) == 0

@@ -40,15 +40,12 @@ class Concept(nn.Module):
         `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without
         them it is the word's.  Out of place, in the dtype of `embeds`.
         """
-        B, (n, D) = len(ids), self.vectors.shape
-        if vectors is None:
-            vectors = self.vectors.expand(B, n, D)
-        which = ids - self.ids[0]  # (B, T)
-        is_mine = (which >= 0) & (which < n)
-        row = which.clamp(0, n - 1) + n * torch.arange(B, device=ids.device)[:, None]
-        # Not vectors[…]: the backward of indexing adds up in the order in which threads come.
-        mine = F.embedding(row, vectors.reshape(B * n, D)).to(embeds.dtype)  # (B, T, D)
-        return torch.where(is_mine[..., None], mine, embeds)
+        vectors = self.vectors if vectors is None else vectors
+        mine = torch.arange(self.ids[0], self.ids[-1] + 1, device=ids.device)
+        is_mine = ids[..., None] == mine  # (B, T, n)
+        # A product with zeros and ones: unlike indexing's, its gradient adds up in the same order every time.
+        rows = is_mine.to(vectors.dtype) @ vectors  # (B, T, D)
+        return torch.where(is_mine.any(-1, keepdim=True), rows.to(embeds.dtype), embeds)
 
     def norm(self) -> Tensor:
         """The length of each vector, (n,)."""

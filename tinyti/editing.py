@@ -147,9 +147,11 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
         if isinstance(layer, Transformer):
             hooks.append(layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[2:])))
             hooks.append(layer.transformer_blocks[0].attn2.register_forward_hook(record))
+    predict, model.predict = model.predict, model.unet  # what is recorded calls no hooks
     try:
         yield heat
     finally:
+        model.predict = predict
         for hook in hooks:
             hook.remove()
     heat.div_(max(1, len(shapes)))

@@ -3,7 +3,8 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
 
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 
-Equal runs on one machine are equal to the bit, but for single samples of 16 pixels on several CPU threads."""
+Equal runs on one CPU are equal to the bit, but for single samples of 16 pixels on several threads; on a GPU
+attention's gradients add up in the order in which threads come."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Generator, Tensor
 from .concept import Concept
 from .data import Photo, prompt
 from .diffusion import randn, send
-from .model import LatentDiffusion
+from .model import LatentDiffusion, recorded
 from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
@@ -126,6 +127,7 @@ def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: i
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = [batch_size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
     parts = [slice(a, b) for a, b in pairwise(bounds)][rank * accumulate :][:accumulate]  # of this process
+    compute = recorded(partial(gradients, model, word.concept.name))
     begun = word.step
     while True:
         if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
@@ -140,18 +142,17 @@ def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: i
         generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
         x_0, eps, u, prompts = draw(examples, batch_size, generator)
         t = timestep_at(u, model, span)
-        vectors = word.path.expand(batch_size, -1, -1).clone().requires_grad_()  # a copy for each sample
-        values = x_0.new_zeros(batch_size)
+        ids, scale = model.tokenize(prompts), x_0.new_full((), word.scale)
+        vectors = word.path.expand(batch_size, -1, -1)  # a copy for each sample
+        loss, gradient = x_0.new_zeros(batch_size), torch.zeros_like(vectors)
         for part in parts:
             if prompts[part]:
-                own = {word.concept.name: vectors[part]}
-                loss = losses(model, x_0[part], eps[part], t[part], prompts[part], own)  # equation 2
-                (word.scale * loss.sum()).backward()  # each copy gets its own sample's gradient
-                values[part] = loss.detach()
+                inputs = vectors[part], ids[part], x_0[part], eps[part], t[part], scale
+                loss[part], gradient[part] = compute(*inputs)
         if ranks > 1:  # the rows of the others are zero
-            dist.all_reduce(vectors.grad)
-            dist.all_reduce(values)
-        word.move(vectors.grad / word.scale, values)
+            dist.all_reduce(gradient)
+            dist.all_reduce(loss)
+        word.move(gradient, loss)
 
 
 def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -173,16 +174,29 @@ def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) ->
     return send(((low + (high - low) * u.double()) * T).long().clamp(max=T - 1), model.device)
 
 
-def losses(model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str],
+def gradients(model: LatentDiffusion, word: str, vectors: Tensor, ids: Tensor, x_0: Tensor, eps: Tensor,
+              t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of each sample, (B,), and its gradient in the sample's own copy of the vectors, (B, n, D).
+
+    ids (B, T) of the prompts; scale: a number that the loss is multiplied by on the way, for fp16.
+    """
+    copies = vectors.detach().requires_grad_()
+    loss = losses(model, x_0, eps, t, ids, {word: copies})  # equation 2
+    (gradient,) = torch.autograd.grad(scale * loss.sum(), copies)
+    return loss.detach(), gradient / scale
+
+
+def losses(model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str] | Tensor,
            vectors: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
     """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32.
 
-    `vectors` {word: (B, n, D)}: a copy for each sample, in the place of what the word is.
+    prompts, or their ids (B, T); `vectors` {word: (B, n, D)}: a copy for each sample, in the place of what
+    the word is.
     """
     x_t = model.schedule.add_noise(x_0, eps, t)
     with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
         context = model.encode_prompts(prompts, vectors)
-        prediction = model.unet(x_t.to(model.dtype), t, context)
+        prediction = model.predict(x_t.to(model.dtype), t, context)
     target = model.schedule.target(x_0, eps, t)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 

@@ -1,7 +1,7 @@
 """A latent diffusion model whole: its parts, and the ways from pictures and prompts into it and out again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,9 @@ class LatentDiffusion:
     unet: UNet
     schedule: Schedule
     concepts: dict[str, Concept] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._recorded = recorded(lambda x_t, t, context: self.unet(x_t, t, context))
 
     @property
     def device(self) -> torch.device:
@@ -65,16 +68,26 @@ class LatentDiffusion:
         self.concepts[name] = concept
         return concept
 
-    def encode_prompts(self, prompts: list[str], vectors: dict[str, Tensor] | None = None) -> Tensor:
-        """Prompts -> context (B, T, D), with every learned word in its place.
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> ids (B, T) on the model's device."""
+        return send(self.tokenizer(prompts), self.device)
+
+    def encode_prompts(self, prompts: list[str] | Tensor,
+                       vectors: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Prompts, or their ids (B, T) -> context (B, T, D), with every learned word in its place.
 
         `vectors` {word: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
         """
-        ids = send(self.tokenizer(prompts), self.device)
+        ids = prompts if torch.is_tensor(prompts) else self.tokenize(prompts)
         embeds = self.text.embed(ids)
         for name, concept in self.concepts.items():
             embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
         return self.text(embeds)
+
+    def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The UNet's prediction (B, C, H, W) for x_t (B, C, H, W), t (B,), context (B, T, D)."""
+        unet = self.unet if torch.is_grad_enabled() else self._recorded
+        return unet(x_t, t, context)
 
     def encode_images(self, images: Tensor, generator: Generator | list[Generator] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, scaled to unit variance."""
@@ -129,6 +142,38 @@ def load_clip(path: str | Path, device: str = "cpu",
     return clip, Tokenizer.from_folder(path)
 
 
+def recorded(function: Callable) -> Callable:
+    """A function from tensors to a tensor or a tuple of them, whose kernels a GPU is given all at once.
+
+    One by one, the CPU needs longer to launch them than the GPU to compute them.  So they are recorded, as a
+    CUDA graph, at the first call with each shape, with the weights that are there then; the last four shapes
+    are kept.  What comes out has no gradient.  On other devices it is the function itself.
+    """
+    graphs = {}
+
+    def call(*inputs):
+        if not inputs[0].is_cuda:
+            return function(*inputs)
+        key = torch.is_autocast_enabled("cuda"), *((x.shape, x.dtype) for x in inputs)
+        if key not in graphs:
+            if len(graphs) == 4:
+                graphs.pop(next(iter(graphs)))
+            own = [x.clone() for x in inputs]
+            function(*own)  # whatever is done only once is done now
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = function(*own)
+            graphs[key] = graph, own, result
+        graph, own, result = graphs[key]
+        for mine, given in zip(own, inputs):
+            mine.copy_(given)
+        graph.replay()
+        # Copies, for the next call writes into the same memory.
+        return result.clone() if torch.is_tensor(result) else tuple(part.clone() for part in result)
+
+    return call
+
+
 def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str, torch.dtype]:
     """The device and the dtype of the networks that a user's two words mean.
 
@@ -179,9 +224,10 @@ def sample(model: LatentDiffusion, prompts: str | list[str], steps: int = 50, gu
 
     def predict(x_t, t):
         x_t = x_t.to(model.dtype)
+        t = torch.full((len(context),), t, device=model.device)
         if guidance <= 1:
-            return model.unet(x_t, t, context)
-        without, with_prompt = model.unet(torch.cat([x_t, x_t]), t, context).float().chunk(2)
+            return model.predict(x_t, t, context)
+        without, with_prompt = model.predict(torch.cat([x_t, x_t]), t, context).float().chunk(2)
         return without + guidance * (with_prompt - without)
 
     yield from denoise(predict, x_T, model.schedule, steps, sampler, eta, generator, start)

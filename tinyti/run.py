@@ -110,7 +110,7 @@ class Run:
                 file.write(f"{step},{loss},{evaluations.get(step, '')},{gradient},{norm}\n".encode())
         if draw:
             with embeddings.atomic_write(self.folder / "progress.png") as file:
-                self.progress(last).save(file, format="PNG")
+                self.progress(last).save(file, format="PNG", compress_level=1)
 
     def _remember(self):
         if self.word.step in PREVIEW_STEPS:

@@ -191,5 +191,5 @@ class UNet(nn.Module):
 
     def _run(self, layer, *args):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
         return layer(*args)
