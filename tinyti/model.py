@@ -85,7 +85,10 @@ class LatentDiffusion:
         return self.text(embeds)
 
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction (B, C, H, W) for x_t (B, C, H, W), t (B,), context (B, T, D)."""
+        """The UNet's prediction (B, C, H, W) for x_t (B, C, H, W), t (B,), context (B, T, D).
+
+        Where no gradient is wanted it is `recorded`.
+        """
         unet = self.unet if torch.is_grad_enabled() else self._recorded
         return unet(x_t, t, context)
 
@@ -143,11 +146,11 @@ def load_clip(path: str | Path, device: str = "cpu",
 
 
 def recorded(function: Callable) -> Callable:
-    """A function from tensors to a tensor or a tuple of them, whose kernels a GPU is given all at once.
+    """The same function, from tensors to a tensor or several, but that a GPU gets all its kernels at once.
 
     One by one, the CPU needs longer to launch them than the GPU to compute them.  So they are recorded, as a
     CUDA graph, at the first call with each shape, with the weights that are there then; the last four shapes
-    are kept.  What comes out has no gradient.  On other devices it is the function itself.
+    are kept.  What comes out of a graph has no gradient.
     """
     graphs = {}
 
