@@ -8,21 +8,22 @@
 Every run appends a row to study.csv; rows of the same settings, set, seed and weights are not computed again,
 so the study may be stopped and taken up at any time.
 
-What came out (weights 502cc5ef). Ten sets and three seeds each, beside the default: guidance 3 instead of
-5 draws the same words as *the one* in 65 instead of 57 % of the pictures; an average over the last 10
-steps instead of 50 is worth as much as twice the samples; twice the rate, batches of 4 with twice the
-steps and no momentum are as good within a standard error or two; exponent 1 and batches of 16 with half
-the steps are worse. With one seed, around an average of 50 and guidance 5: a floor of 0.1, a shorter cap,
-a fitting word to begin with and timesteps from 50 to 90 % are worse; a longer cap and two to five times
-the samples slightly better; more momentum and stratified timesteps make little difference; with all
-timesteps prompts are obeyed better (95 % of the scenes), at the price of likeness. Numbers: --table.
+What came out (weights 502cc5ef; ten sets and three seeds each; --table has the numbers).  No setting is
+better than the default in all measures at equal cost.  Nearly as good (loss + .0008 at most): twice the
+rate, batches of 4 with twice the steps, no momentum or more, a floor of 0.01, a word over 5 steps instead
+of 10, stratified timesteps.  Worse: half the rate and four times it (loss), exponent 1, batches of 16 with half the
+steps, a floor of 0.1, a cap of 2.25, a fitting word to begin with, a word over 1 or 50 steps, Adam for as
+many samples.  A cap of 9 is slightly better (loss -.0004 +- .0002), so are two and five times the samples
+(the one in 70 and 73 % of the pictures, not 65); half of them are too few.  With all timesteps the words are
+less like the pictures (56 %), with 50 to 90 % of them scenes are obeyed better (96 %, not 90), and the loss
+is worse.  Guidance 3 instead of 5 draws the same words as *the one* in 65 instead of 58 %.  The paper's way,
+five times the samples of Adam, reaches a lower loss (.1636, not .1666) and less likeness (62 %).
 """
 
 import argparse
 import csv
 import hashlib
 import json
-import math
 import statistics
 import sys
 import time
@@ -61,20 +62,19 @@ DEFAULT = {
 ADAM = {"optimizer": "adam", "lr": 5e-3}
 STUDY = [  # what differs from the default
     {},
-    *({"lr": lr} for lr in (3e-3, 5e-3, 2e-2, 4e-2)),
-    *({"exponent": exponent} for exponent in (0.25, 1.0)),
-    *({"floor": floor} for floor in (1e-4, 1e-2, 1e-1)),
-    *({"momentum": momentum} for momentum in (0.0, 0.8, 0.95)),
+    *({"lr": lr} for lr in (5e-3, 2e-2, 4e-2)),
+    {"exponent": 1.0},
+    *({"floor": floor} for floor in (1e-2, 1e-1)),
+    *({"momentum": momentum} for momentum in (0.0, 0.95)),
     *({"batch": batch} for batch in (4, 16)),
     *({"samples": samples} for samples in (200, 800, 2000)),
-    *({"cap": cap} for cap in (2.25, 9.0, math.inf)),  # in median lengths of the vocabulary's rows
+    *({"cap": cap} for cap in (2.25, 9.0)),  # in median lengths of the vocabulary's rows
     {"start": "word"},  # the word in concepts.json
-    *({"average": steps} for steps in (1, 5, 25, 50)),
-    *({"low": low, "high": high} for low, high in ((0.0, 1.0), (0.0, 0.95), (0.25, 1.0), (0.5, 0.9))),
+    *({"average": steps} for steps in (1, 5, 50)),
+    *({"low": low, "high": high} for low, high in ((0.0, 1.0), (0.5, 0.9))),
     {"draws": "stratified"},
-    *(ADAM | {"samples": samples} for samples in (400, 2000)),
-    *(ADAM | {"lr": lr} for lr in (1e-2, 2e-2, 4e-2)),
-    ADAM | {"start": "word", "samples": 2000},
+    {"guidance": 5.0},
+    ADAM | {"lr": 2e-2},
     ADAM | {"start": "word", "samples": 2000, "low": 0.0, "high": 1.0, "average": 1},  # the paper's way
 ]
 CHECKPOINTS = (0, 48, 96, 200, 400, 800, 1200, 2000)  # samples
