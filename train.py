@@ -54,7 +54,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", type=cli.path, metavar="FOLDER", help="by default words/ and the word")
     add("--save-every", type=cli.number(1, 10**6, int), default=100, metavar="N", help="what a kill may cost")
-    add("--resume", action="store_true", help="go on where the run stopped, to the same bytes")
+    add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
     if not args.timesteps[0] < args.timesteps[1]:
