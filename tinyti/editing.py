@@ -111,7 +111,7 @@ def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor,
     for t in reversed(ts):
         x_t = x
         for _ in range(iterations):
-            prediction = model.unet(x_t.to(model.dtype), t, context).float()
+            prediction = model.predict(x_t.to(model.dtype), t, context).float()
             _, eps = model.schedule.split(x_t, prediction, t)
             x_t = model.schedule.ddim_inverse_step(x, eps, t - stride, t)
         x = x_t

@@ -84,13 +84,12 @@ class LatentDiffusion:
             embeds = concept.insert(embeds, ids, (vectors or {}).get(name))
         return self.text(embeds)
 
-    def predict(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction (B, C, H, W) for x_t (B, C, H, W), t (B,), context (B, T, D).
-
-        Where no gradient is wanted it is `recorded`.
-        """
-        unet = self.unet if torch.is_grad_enabled() else self._recorded
-        return unet(x_t, t, context)
+    def predict(self, x_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        """What the UNet predicts, from what it takes; where no gradient is wanted it is `recorded`."""
+        if torch.is_grad_enabled():
+            return self.unet(x_t, t, context)
+        t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
+        return self._recorded(x_t, t, context)
 
     def encode_images(self, images: Tensor, generator: Generator | list[Generator] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, scaled to unit variance."""
@@ -227,7 +226,6 @@ def sample(model: LatentDiffusion, prompts: str | list[str], steps: int = 50, gu
 
     def predict(x_t, t):
         x_t = x_t.to(model.dtype)
-        t = torch.full((len(context),), t, device=model.device)
         if guidance <= 1:
             return model.predict(x_t, t, context)
         without, with_prompt = model.predict(torch.cat([x_t, x_t]), t, context).float().chunk(2)
