@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -144,6 +145,9 @@ def load_clip(path: str | Path, device: str = "cpu",
     return clip, Tokenizer.from_folder(path)
 
 
+capture_stream = cache(torch.cuda.Stream)  # of each GPU; PyTorch's own belongs to the first that records
+
+
 def recorded(function: Callable) -> Callable:
     """The same function, from tensors to a tensor or several, but that a GPU gets all its kernels at once.
 
@@ -162,8 +166,8 @@ def recorded(function: Callable) -> Callable:
                 graphs.pop(next(iter(graphs)))
             own = [x.clone() for x in inputs]
             function(*own)  # whatever is done only once is done now
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=capture_stream(device)):
                 result = function(*own)
             graphs[key] = graph, own, result
         graph, own, result = graphs[key]
