@@ -110,6 +110,7 @@ class Run:
                 file.write(f"{step},{loss},{evaluations.get(step, '')},{gradient},{norm}\n".encode())
         if draw:
             with embeddings.atomic_write(self.folder / "progress.png") as file:
+                # A large sheet in half the time, for a fifth more bytes.
                 self.progress(last).save(file, format="PNG", compress_level=1)
 
     def _remember(self):
