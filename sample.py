@@ -1,11 +1,5 @@
 """Use learned words:  python sample.py "a painting of S* on the beach" --words words/S"""
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and status 130
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"sample.py: interrupted\n") and 130))
-
 import json
 import re
 import sys
@@ -18,10 +12,14 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import tinyti
-from tinyti import cli, embeddings
-from tinyti.data import grid, read_image, to_image, to_tensor
 from tinyti.diffusion import SAMPLERS
-from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped, to_mask
+from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped_steps, to_mask
+from tinyti.files.pictures import read_image, to_image, to_tensor
+from tinyti.files.whole import atomic_write
+from tinyti.files.words import read_words
+from tinyti.programs import cli
+from tinyti.programs.miniature import GUIDANCE, default_guidance
+from tinyti.programs.sheet import draw_sheet
 
 BATCH = 8  # pictures that are drawn at once
 LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|\w*\*")  # how people write words that a model was taught
@@ -31,33 +29,33 @@ def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("prompts", nargs="+", type=cli.text, metavar="PROMPT", help="what to draw, with learned words")
+    add("prompts", nargs="+", type=cli.text_type, metavar="PROMPT", help="what to draw, with learned words")
     add = parser.add_argument_group("what to draw with").add_argument
-    add("--words", nargs="+", type=cli.path, default=[], metavar="[NAME=]PATH",
+    add("--words", nargs="+", type=cli.path_type, default=[], metavar="[NAME=]PATH",
         help="folders of train.py, or files of any kind in use; NAME= renames the word")  # fmt: skip
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
-    add("--steps", type=cli.number(1, 10**5, int), default=50, help="more are slower and, to a point, better")
-    add("--guidance", type=cli.number(0, 100),
+    add("--steps", type=cli.number_type(1, 10**5, int), default=50, help="more are slower and, to a point, better")
+    add("--guidance", type=cli.number_type(0, 100),
         help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
-             f"by default {cli.GUIDANCE:g} with the miniature, else 7.5")  # fmt: skip
-    add("--eta", type=cli.number(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
-    add("--size", type=cli.number(1, 4096, int), nargs="+", metavar="PIXELS",
+             f"by default {GUIDANCE:g} with the miniature, else 7.5")  # fmt: skip
+    add("--eta", type=cli.number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
+    add("--size", type=cli.number_type(1, 4096, int), nargs="+", metavar="PIXELS",
         help="side, or height and width; by default what the model was trained on")  # fmt: skip
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
-    add("--image", type=cli.path, metavar="FILE", help="picture to redraw, its middle square")
-    add("--mask", type=cli.path, metavar="FILE", help="redraw only where it is white; the rest stays")
-    add("--strength", type=cli.number(0, 1), default=0.7, help="share of the steps that --image goes through")
+    add("--image", type=cli.path_type, metavar="FILE", help="picture to redraw, its middle square")
+    add("--mask", type=cli.path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
+    add("--strength", type=cli.number_type(0, 1), default=0.7, help="share of the steps that --image goes through")
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--count", type=cli.number(1, 10**4, int), default=4, help="pictures per prompt")
+    add("--count", type=cli.number_type(1, 10**4, int), default=4, help="pictures per prompt")
     add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
     add("--attention", action="store_true", help="draw in attention.png where the learned words act")
-    add("--out", type=cli.path, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
+    add("--out", type=cli.path_type, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
     add("--force", action="store_true", help="replace pictures that are there")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
@@ -69,61 +67,95 @@ def arguments(argv=None):
 
 def main(argv=None):
     """Run, and turn bad input into one line and exit status 2."""
-    return cli.run("sample.py", lambda: draw(arguments(argv)))
+    return cli.run_program("sample.py", lambda: draw_pictures(arguments(argv)))
 
 
-def draw(args):
+def draw_pictures(args):
     """All pictures, a batch after another: -> exit status."""
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
-    wanted = [picture_file(out, *prompt, seed) for prompt in enumerate(args.prompts, 1) for seed in seeds]
-    wanted += [out / "grid.png", out / "attention.png"]
-    if not args.force and (there := next((file for file in wanted if file.exists()), None)):
-        raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
-    model = cli.load_model(args)
-    size = args.size or [model.size]
-    size = (size[0], size[-1])
-    model.check_size(*size)
-    model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
-    add_words(model, args.words)
-    learned = [check_prompt(model, prompt, args.words or args.attention) for prompt in args.prompts]
-    walk, finish, steps = partial(tinyti.sample, size=size), model.decode, args.steps
-    if args.image:
-        walk, finish, steps = edit(args, model, size)
+    files = [[picture_file(out, *prompt, seed) for seed in seeds] for prompt in enumerate(args.prompts, 1)]
+    refuse_to_replace([*sum(files, []), out / "grid.png", out / "attention.png"], args.force)
 
-    if args.guidance is None:
-        args.guidance = cli.guidance(args.weights)
-    options = {name: getattr(args, name) for name in ("steps", "guidance", "sampler", "eta", "negative")}
-    settings = options | {"size": size, "words": list(model.concepts), "weights": Path(args.weights).name}
-    if args.image:
-        settings |= {"image": Path(args.image).name, "strength": args.strength}
-    if args.mask:
-        settings |= {"mask": Path(args.mask).name}
+    model = cli.load_model(args)
+    add_words(model, args.words)
+    words = [check_prompt(model, prompt, args.words or args.attention) for prompt in args.prompts]
+    painter = Painter(args, model)
+
     out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(args.prompts) * -(-args.count // BATCH) * steps, unit="step")
     rows, maps = [], []
-    for number, (prompt, words) in enumerate(zip(args.prompts, learned), 1):
-        pictures, shown = [], {word: [] for word in words if args.attention}
-        for batch in (seeds[i : i + BATCH] for i in range(0, args.count, BATCH)):
-            prompts, noise = [prompt] * len(batch), [torch.Generator().manual_seed(seed) for seed in batch]
-            with ExitStack() as recording:  # of nothing, without --attention
-                heat = [recording.enter_context(attention_maps(model, prompts, w, size)) for w in shown]
-                for x_0 in walk(model, prompts, generator=noise, **options):  # noqa: B007
-                    bar.update()
-            drawn = finish(x_0)
-            for seed, picture in zip(batch, map(to_image, drawn)):
-                about = {"prompt": prompt, "seed": seed, **settings}
-                save(picture, picture_file(out, number, prompt, seed), about)
-                pictures.append(picture)
-            for word, of_word in zip(shown, heat):
-                shown[word] += map(to_image, overlay(drawn, of_word))
-        rows.append((prompt, pictures))
-        maps += [(f"{word} in: {prompt}", of_word) for word, of_word in shown.items()]
-    bar.close()
-    save(grid(rows), out / "grid.png", settings)
+    batches = [range(args.count)[i : i + BATCH] for i in range(0, args.count, BATCH)]
+    with tqdm(total=len(args.prompts) * len(batches) * painter.steps, unit="step") as bar:
+        for prompt, prompt_files, prompt_words in zip(args.prompts, files, words):
+            pictures, heat = [], {word: [] for word in prompt_words if args.attention}
+            for batch in batches:
+                drawn = painter.draw(prompt, [seeds[i] for i in batch], heat, bar.update)
+                for i, picture in zip(batch, drawn):
+                    save(picture, prompt_files[i], {"prompt": prompt, "seed": seeds[i], **painter.settings})
+                pictures += drawn
+            rows.append((prompt, pictures))
+            maps += [(f"{word} in: {prompt}", overlays) for word, overlays in heat.items()]
+    save(draw_sheet(rows), out / "grid.png", painter.settings)
     if args.attention:
-        save(grid(maps), out / "attention.png", settings)
-    print(f"{len(rows) * args.count} pictures and grid.png in {cli.shown(out)}")
+        save(draw_sheet(maps), out / "attention.png", painter.settings)
+    print(f"{len(rows) * args.count} pictures and grid.png in {cli.short_path(out)}")
     return 0
+
+
+def refuse_to_replace(files, force):
+    """ValueError for the first of the files that exists, unless `force`."""
+    there = next((file for file in files if file.exists()), None)
+    if there and not force:
+        raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
+
+
+class Painter:
+    """Draws as the flags say: from noise, from --image or in the --mask of it.  `settings` describe it."""
+
+    def __init__(self, args, model):
+        size = args.size or [model.size]
+        self.model, self.size = model, (size[0], size[-1])
+        model.check_size(*self.size)
+        model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
+        guidance = default_guidance(args.weights) if args.guidance is None else args.guidance
+        self.options = {"steps": args.steps, "guidance": guidance, "sampler": args.sampler, "eta": args.eta,
+                        "negative": args.negative}  # fmt: skip
+        self.settings = self.options | {"size": self.size, "words": list(model.concepts),
+                                        "weights": Path(args.weights).name}  # fmt: skip
+        self.walk, self.decode, self.steps = partial(tinyti.sample, size=self.size), model.decode, args.steps
+        if args.image:
+            self._begin_with_image(args)
+
+    def _begin_with_image(self, args):
+        """Draw from --image, or in the --mask of it."""
+        if self.size[0] != self.size[1]:
+            sides = f"{self.size[0]} {self.size[1]}"
+            raise ValueError(f"--size is {sides}, but --image is cropped to a square; give its side")
+        picture = read_image(args.image)
+        image = to_tensor(picture, self.size[0])
+        self.steps = args.steps - skipped_steps(args.steps, args.strength)
+        self.settings |= {"image": Path(args.image).name, "strength": args.strength}
+        self.walk = partial(from_image, image=image, strength=args.strength)
+        if args.mask:
+            mask = read_image(args.mask)
+            if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
+                found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
+                raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
+            mask = to_mask(mask, self.size[0], feather=self.model.vae.factor // 2)  # a seam as wide as a latent
+            self.settings |= {"mask": Path(args.mask).name}
+            self.walk = partial(in_region, image=image, mask=mask, strength=args.strength)
+            self.decode = lambda x_0: paste(image, self.model.decode(x_0), mask)
+
+    def draw(self, prompt, seeds, heat, after_step):
+        """A picture for each seed; where the words in `heat` act is added to their lists there, as pictures."""
+        prompts, generators = [prompt] * len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds]
+        with ExitStack() as stack:
+            maps = {word: stack.enter_context(attention_maps(self.model, prompts, word, self.size)) for word in heat}
+            for x_0 in self.walk(self.model, prompts, generator=generators, **self.options):  # noqa: B007
+                after_step()
+        drawn = self.decode(x_0)
+        for word, of_word in maps.items():
+            heat[word] += map(to_image, overlay(drawn, of_word))
+        return [to_image(pixels) for pixels in drawn]
 
 
 def picture_file(folder, number, prompt, seed):
@@ -132,30 +164,13 @@ def picture_file(folder, number, prompt, seed):
     return folder / f"{number:02}-{words}-{seed}.png"
 
 
-def edit(args, model, size):
-    """What draws from --image, or in the --mask of it; what decodes that; how many steps there are."""
-    if size[0] != size[1]:
-        raise ValueError(f"--size is {size[0]} {size[1]}, but --image is cropped to a square; give its side")
-    picture = read_image(args.image)
-    image, steps = to_tensor(picture, size[0]), args.steps - skipped(args.steps, args.strength)
-    if not args.mask:
-        return partial(from_image, image=image, strength=args.strength), model.decode, steps
-    mask = read_image(args.mask)
-    if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
-        found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
-        raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
-    mask = to_mask(mask, size[0], feather=model.vae.factor // 2)  # a seam as wide as a latent
-    walk = partial(in_region, image=image, mask=mask, strength=args.strength)
-    return walk, lambda x_0: paste(image, model.decode(x_0), mask), steps
-
-
 def add_words(model, entries):
     """Register the learned words of `[NAME=]PATH` entries with the model."""
     for entry in entries:
         name, path = None, entry
         if "=" in entry and not Path(entry).exists():
             name, path = entry.split("=", 1)
-        words = embeddings.read(path, model.text.table.shape[1], lambda note: cli.say(f"note: {note}"))
+        words = read_words(path, model.text.table.shape[1], lambda note: cli.say(f"note: {note}"))
         if name is not None and len(words) > 1:
             raise ValueError(f"{path} holds the words {', '.join(words)}; {name}= cannot rename them all")
         for word, vectors in words.items():
@@ -180,16 +195,22 @@ def check_prompt(model, prompt, wants_word):
         if word not in model.concepts:
             cli.say(f"note: {word!r} is no word that was loaded; --words loads learned words")
     plain = sorted({*re.findall(r"[^\W\d_]{4,}", prompt)} - {*model.concepts})
-    if spelled := [word for word in plain if 2 < len(model.tokenizer.encode(word)) > len(word) / 2]:
+    if spelled := [word for word in plain if is_spelled(model.tokenizer, word)]:
         cli.say(f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter")
     return words
+
+
+def is_spelled(tokenizer, word):
+    """Whether the vocabulary has so little of a word that it takes more than a token for each two letters."""
+    tokens = len(tokenizer.encode(word))
+    return tokens > 2 and tokens > len(word) / 2
 
 
 def save(picture, file, about):
     """Write a PNG whole or not at all, with how it was made in a text chunk."""
     info = PngInfo()
     info.add_itxt("tinyti", json.dumps(about, ensure_ascii=False))
-    with embeddings.atomic_write(file) as stream:
+    with atomic_write(file) as stream:
         picture.save(stream, format="PNG", pnginfo=info)
 
 

@@ -1,11 +1,6 @@
 """Learn a word from a few pictures:  python train.py --images concepts/cat --token "S*" """
 
 import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C during the imports, too, is one line and status 130
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"train.py: interrupted\n") and 130))
-
 import shlex
 import sys
 import time
@@ -16,44 +11,48 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tinyti import Concept, Inversion, cli, embeddings, invert, make_examples
-from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, read_templates
+from tinyti import Concept, Inversion, invert, make_examples
+from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_templates
+from tinyti.files.pictures import read_photos
+from tinyti.files.words import check_name, compatibility_warning
 from tinyti.inversion import BATCH_SIZE, EVALUATE_EVERY, OPTIMIZERS, STEPS, TIMESTEPS, diagnose, evaluate
-from tinyti.run import PREVIEWS, STYLE_PREVIEWS, Run
+from tinyti.programs import cli
+from tinyti.programs.miniature import ROOT, is_tiny
+from tinyti.programs.run import PREVIEWS, STYLE_PREVIEWS, Run
 
 
 def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to learn").add_argument
-    add("--images", type=cli.path, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
-    add("--token", type=cli.text, required=True, metavar="WORD", help="the new word, without white space")
-    add("--init", type=cli.text, metavar="WORDS", help="where to start; by default the vocabulary's mean")
-    add("--vectors", type=cli.number(1, 75, int), default=1, metavar="N",
+    add("--images", type=cli.path_type, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
+    add("--token", type=cli.text_type, required=True, metavar="WORD", help="the new word, without white space")
+    add("--init", type=cli.text_type, metavar="WORDS", help="where to start; by default the vocabulary's mean")
+    add("--vectors", type=cli.number_type(1, 75, int), default=1, metavar="N",
         help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
-    add("--templates", type=cli.path, metavar="FILE",
+    add("--templates", type=cli.path_type, metavar="FILE",
         help="own prompts, one a line, {} for the word; by default the paper's")  # fmt: skip
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
-    add("--size", type=cli.number(1, 4096, int), help="pixels of a picture's side; by default the model's")
+    add("--size", type=cli.number_type(1, 4096, int), help="pixels of a picture's side; by default the model's")
 
     add = parser.add_argument_group("how to learn it").add_argument
     rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
-    add("--steps", type=cli.number(1, 10**6, int), default=STEPS, help="how many to take")
-    add("--batch-size", type=cli.number(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs")
-    add("--accumulate", type=cli.number(1, 4096, int), default=1, metavar="N",
+    add("--steps", type=cli.number_type(1, 10**6, int), default=STEPS, help="how many to take")
+    add("--batch-size", type=cli.number_type(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs")
+    add("--accumulate", type=cli.number_type(1, 4096, int), default=1, metavar="N",
         help="compute a batch in N parts, to save memory")  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
-    add("--lr", type=cli.number(1e-30, 100), help=f"step per number; by default {rates}")
-    add("--timesteps", type=cli.number(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
+    add("--lr", type=cli.number_type(1e-30, 100), help=f"step per number; by default {rates}")
+    add("--timesteps", type=cli.number_type(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
         help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
     add("--seed", type=cli.SEED, default=0, help="of everything random")
     cli.model_flags(parser)
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--out", type=cli.path, metavar="FOLDER", help="by default words/ and the word")
-    add("--save-every", type=cli.number(1, 10**6, int), default=100, metavar="N", help="what a kill may cost")
+    add("--out", type=cli.path_type, metavar="FOLDER", help="by default words/ and the word")
+    add("--save-every", type=cli.number_type(1, 10**6, int), default=100, metavar="N", help="what a kill may cost")
     add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
@@ -66,13 +65,13 @@ def arguments(argv=None):
 
 def main(argv=None):
     """Run, and turn bad input into one line and exit status 2."""
-    return cli.run("train.py", lambda: train(arguments(argv)))
+    return cli.run_program("train.py", lambda: train(arguments(argv)))
 
 
 def train(args):
     """Everything, from the first check to the last line: -> exit status."""
     began = time.time()
-    embeddings.check_name(args.token)
+    check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.batch_size < (ranks := dist.get_world_size()):
@@ -84,37 +83,37 @@ def train(args):
     templates = STYLE_TEMPLATES if args.style else OBJECT_TEMPLATES
     if args.templates:
         templates = read_templates(args.templates)
-    photos, passed_over = read_folder(args.images, size)
+    photos, passed_over = read_photos(args.images, size)
     if passed_over:
         cli.say(f"passed over {'; '.join(passed_over)}")
-    if cli.is_tiny(args.weights) and cli.ROOT / "concepts" not in Path(args.images).resolve().parents:
+    if is_tiny(args.weights) and ROOT / "concepts" not in Path(args.images).resolve().parents:
         cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
 
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
     concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
     check_prompts(model, concept, examples.prompts)
-    word = Inversion(model, concept, args.optimizer, args.lr)
-    run = Run(args, model, word, photos) if cli.is_main_process() else None
-    with run or nullcontext(), tqdm(total=args.steps, initial=word.step, unit="step", disable=not run) as bar:
+    state = Inversion(model, concept, args.optimizer, args.lr)
+    run = Run(args, model, state, photos) if cli.is_main_process() else None
+    with run or nullcontext(), tqdm(total=args.steps, initial=state.step, unit="step", disable=not run) as bar:
         if dist.is_initialized():  # all begin where the first does
-            state = [word.state_dict()]
-            dist.broadcast_object_list(state)
-            word.load_state_dict(state[0])
+            saved = [state.state_dict()]
+            dist.broadcast_object_list(saved)
+            state.load_state_dict(saved[0])
         options = {name: getattr(args, name) for name in ("steps", "batch_size", "seed", "accumulate")}
-        for _ in invert(model, word, examples, span=args.timesteps, **options):
+        for _ in invert(model, state, examples, span=args.timesteps, **options):
             bar.update()
-            if word.step % EVALUATE_EVERY == 0:
-                bar.set_postfix_str(f"evaluation {word.evaluations[0]:.4f}, now {word.evaluations[-1]:.4f}")
+            if state.step % EVALUATE_EVERY == 0:
+                bar.set_postfix_str(f"evaluation {state.evaluations[0]:.4f}, now {state.evaluations[-1]:.4f}")
             if run:
                 run.keep()
-        if run and word.is_finite():
+        if run and state.is_finite():
             run.save(last=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     if not run:
         return 0
-    status = report(args, model, word, examples, run)
+    status = report(args, model, state, examples, run)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
     print(f"{time.time() - began:.0f} s{memory}")
     return status
@@ -139,23 +138,23 @@ def word_rows(model, text):
     return model.text.table[[ids[word] for word in text.split()]]
 
 
-def report(args, model, word, examples, run):
+def report(args, model, state, examples, run):
     """Say what came out: -> exit status, 1 if nothing was learned."""
-    if word.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
-        word.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
-    first, last = word.evaluations[0], word.evaluations[-1]
-    print(f"{args.token}: evaluation loss {first:.4f}, now {last:.4f}, after {word.step} steps")
-    if problem := diagnose(word):
+    if state.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
+        state.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
+    first, last = state.evaluations[0], state.evaluations[-1]
+    print(f"{args.token}: evaluation loss {first:.4f}, now {last:.4f}, after {state.step} steps")
+    if problem := diagnose(state):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
-    if word.is_finite():
-        if warning := embeddings.compatibility_warning(args.token, args.vectors):
+    if state.is_finite():
+        if warning := compatibility_warning(args.token, args.vectors):
             print(f"note: {warning}", file=sys.stderr)
-        nearest = word.concept.nearest(model.text.table, 5, model.tokenizer.word_ids())[0]
-        words = [f"{model.tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest]
-        print("nearest words:", ", ".join(words))
+        nearest = state.concept.nearest(model.text.table, 5, model.tokenizer.word_ids())[0]
+        near = [f"{model.tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest]
+        print("nearest words:", ", ".join(near))
         prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
-        command = ["python", "sample.py", prompt, "--words", str(cli.shown(run.folder))]
-        if not cli.is_tiny(args.weights):
+        command = ["python", "sample.py", prompt, "--words", str(cli.short_path(run.folder))]
+        if not is_tiny(args.weights):
             command += ["--weights", args.weights]
         print("use it:", shlex.join(command))
     return 1 if problem else 0

@@ -43,10 +43,11 @@ import judge
 
 import tinyti
 from tinyti import inversion
-from tinyti.cli import GUIDANCE
-from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder, to_image
-from tinyti.inversion import Inversion, draw, evaluate, invert, make_examples
+from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, draw_batch, make_examples
+from tinyti.files.pictures import read_photos, to_image
+from tinyti.inversion import Inversion, evaluate, invert
 from tinyti.metrics import clip_i
+from tinyti.programs.miniature import GUIDANCE
 from tinyti.whitened import EVERY, FLOOR
 
 FILE = Path(__file__).with_suffix(".csv")
@@ -104,7 +105,7 @@ def variant(vectors, gradients, memory, lr, cap, exponent, floor, beta):
 
 def stratified(examples, size, generator):
     """`draw`, with the timesteps' quantiles of a batch spread over equal parts of the range."""
-    x_0, eps, u, prompts = draw(examples, size, generator)
+    x_0, eps, u, prompts = draw_batch(examples, size, generator)
     return x_0, eps, (torch.arange(size) + u) / size, prompts
 
 
@@ -115,7 +116,7 @@ def load_set(model, name):
     """The examples to learn a set's word S* from, and the held-out ones."""
     templates = STYLE_TEMPLATES if SETS[name]["kind"] == "style" else OBJECT_TEMPLATES
     folder = ROOT / "concepts" / name
-    photos = (read_folder(part, model.size)[0] for part in (folder, folder / "heldout"))
+    photos = (read_photos(part, model.size)[0] for part in (folder, folder / "heldout"))
     return [make_examples(model, "S*", part, templates) for part in photos]
 
 

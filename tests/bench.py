@@ -32,10 +32,12 @@ from PIL import Image
 from torch.utils import flop_counter
 
 import tinyti
-from tinyti import embeddings, inversion, whitened
-from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_folder
-from tinyti.inversion import BATCH_SIZE, STEPS, Inversion, invert, make_examples
-from tinyti.run import WORD_FILE
+from tinyti import inversion, whitened
+from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, make_examples
+from tinyti.files import words
+from tinyti.files.pictures import read_photos
+from tinyti.inversion import BATCH_SIZE, STEPS, Inversion, invert
+from tinyti.programs.run import WORD_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "weights" / "tiny"
@@ -50,7 +52,7 @@ class Ours:
         self.model = tinyti.load(weights, device, DTYPES[precision])
         mean = self.model.text.table.mean(0, keepdim=True)
         concept = self.model.add_word("S*", tinyti.Concept.initial(mean, vectors))
-        photos, _ = read_folder(images, size)
+        photos, _ = read_photos(images, size)
         examples = make_examples(self.model, "S*", photos, OBJECT_TEMPLATES)
         word = Inversion(self.model, concept)
         word.evaluations = [0.0] * 10**6  # they are there: none is computed within a step
@@ -263,7 +265,7 @@ def quality(args):
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
                 for key, (seconds, file) in programs(args, name, seed, Path(out), study.SETS[name]).items():
-                    study.add_word(model, next(iter(embeddings.read(file).values())))
+                    study.add_word(model, next(iter(words.read_words(file).values())))
                     loss = study.heldout_loss(model, study.load_set(model, name)[1])
                     scores = {"seconds": seconds, "loss": loss} | study.scores(model, *clip, name)
                     found.setdefault(key, []).append(scores)
@@ -298,7 +300,7 @@ def recipe(out, steps, **case):
     for i in range(1, steps + 1):
         side.step()
         if i in (25, 50, 100, 250, 500, 1000, 2000, steps):
-            embeddings.write(Path(out) / f"{i}.safetensors", {"S*": side.table[side.ids].detach()})
+            words.write_words(Path(out) / f"{i}.safetensors", {"S*": side.table[side.ids].detach()})
             ended[i] = time.time()
     print(json.dumps(ended))
 

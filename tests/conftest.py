@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import tinyti
-from tinyti import cli
-from tinyti.run import Run
+from tinyti.programs import cli
+from tinyti.programs.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"

@@ -27,11 +27,11 @@ from safetensors.torch import save as serialize
 from transformers import CLIPTextConfig, CLIPTextModel, PretrainedConfig
 
 import tinyti
-from tinyti import checkpoint, compvis
-from tinyti.clip import TextConfig
-from tinyti.ldmbert import LDMBertConfig
-from tinyti.unet import UNetConfig
-from tinyti.vae import VAEConfig
+from tinyti.files import folder, single, tensors
+from tinyti.networks.clip import TextConfig
+from tinyti.networks.ldmbert import LDMBertConfig
+from tinyti.networks.unet import UNetConfig
+from tinyti.networks.vae import VAEConfig
 
 from . import published
 from .conftest import ROOT, TINY
@@ -331,9 +331,9 @@ def test_a_clip_of_the_other_familys_width(width, sd2):
     text = {"embeddings.token_embedding.weight": torch.zeros(9, width),
             "embeddings.position_embedding.weight": torch.zeros(77, width),
             "encoder.layers.0.mlp.fc1.weight": torch.zeros(1, width)}  # fmt: skip
-    assert compvis.read_text(text, not sd2)[1].hidden_act == ("quick_gelu" if sd2 else "gelu")
+    assert single.read_text_transformer(text, not sd2)[1].hidden_act == ("quick_gelu" if sd2 else "gelu")
     with pytest.raises(ValueError, match=f"width {width}"):
-        compvis.read_text(text, sd2)
+        single.read_text_transformer(text, sd2)
 
 
 def test_prediction(sd1, sd2, tmp_path):
@@ -431,9 +431,9 @@ NAMES = {  # with the counts of tensors, and of numbers in them, in the publishe
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_shapes_of_the_published_weights(name):
     kind, their_kind, raw, tensors, numbers = NAMES[name]
-    config = checkpoint.read_config(kind, raw, "config.json")
+    config = folder.read_config(kind, raw, "config.json")
     with torch.device("meta"):
-        ours = checkpoint.NETWORKS[kind](config)
+        ours = folder.NETWORKS[kind](config)
     wanted = theirs_on_meta(their_kind, raw).state_dict()
     shapes = {k.removeprefix("text_model."): w.shape for k, w in wanted.items()}
     wanted = {k: shape for k, shape in shapes.items() if not k.startswith("to_logits.")}
@@ -482,7 +482,7 @@ def test_no_setting_of_theirs_is_overlooked(kind):
     harmless = set(HARMLESS[kind].split())
     traced = {name for settings in TRACED.get(kind, []) for name in settings}
     assert len(theirs) > 10
-    assert theirs <= {f.name for f in fields(kind)} | checkpoint.FIXED[kind].keys() | harmless | traced
+    assert theirs <= {f.name for f in fields(kind)} | folder.FIXED[kind].keys() | harmless | traced
     assert harmless | traced <= theirs
 
 
@@ -491,7 +491,7 @@ def test_settings_that_leave_a_trace(kind, settings):
     network, raw = (TheirUNet, UNETS["sd15"]) if kind is UNetConfig else (AutoencoderKL, VAE)
     theirs = theirs_on_meta(network, raw | settings).state_dict()
     with pytest.raises(ValueError, match="expected is"):
-        checkpoint.build(checkpoint.read_config(kind, raw | settings, "config.json"), theirs)
+        folder.build(folder.read_config(kind, raw | settings, "config.json"), theirs)
 
 
 # -- weights/README.md ---------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ for _name in ("weights/sd14", "weights/sd21-base", "weights/sd21"):
 def test_the_commands_of_the_readme_bring_what_is_needed():
     text = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("hf download ")]
-    assert shlex.split(checkpoint.DOWNLOAD) in commands
+    assert shlex.split(folder.DOWNLOAD) in commands
     seen = set()
     for command in commands:
         flags = list(zip(command[3::2], command[4::2]))
@@ -569,7 +569,7 @@ def write_json(path, content):
 
 def test_nothing_there(tmp_path):
     for name in ("nowhere", "nowhere/model.ckpt"):
-        fails(FileNotFoundError, tmp_path / name, name, "weights/README.md", checkpoint.DOWNLOAD)
+        fails(FileNotFoundError, tmp_path / name, name, "weights/README.md", folder.DOWNLOAD)
     fails(FileNotFoundError, tmp_path, "config.json is missing", "whole model folder")
 
 
@@ -707,7 +707,7 @@ def test_random_damage_gives_the_same_error(zipped, tmp_path):
             content[place] = rng.integers(256)
         (tmp_path / "m.bin").write_bytes(content)
         try:
-            outcomes.add(type(checkpoint.load_tensors(tmp_path / "m.bin")))
+            outcomes.add(type(tensors.read_tensors(tmp_path / "m.bin")))
         except ValueError as error:
             assert "m.bin" in str(error)
             outcomes.add(ValueError)
@@ -868,9 +868,9 @@ def test_random_damage_of_a_single_file(sd1, ldm, tmp_path):
         for _ in range(15):
             torch.save(random_damage(model.original, dice), tmp_path / "m.ckpt")
             try:
-                parts = compvis.read_file(tmp_path / "m.ckpt", "epsilon")
+                parts = single.read_single_file(tmp_path / "m.ckpt", "epsilon")
                 for part in (parts.unet, parts.vae, parts.text):
-                    checkpoint.build(*part)
+                    folder.build(*part)
             except ValueError as error:
                 assert "m.ckpt" in str(error) and "\n" not in str(error)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tinyti
 import train as train_py
-from tinyti import embeddings
+from tinyti.files import words
 from tinyti.metrics import clip_i
 
 from .conftest import CONCEPTS, ROOT, TINY
@@ -84,7 +84,7 @@ def test_the_word_is_the_one_and_the_best_caption_is_not(name, tmp_path):
         flags += ["--out", str(tmp_path / str(seed)), *(["--style"] if style else [])]
         assert train_py.main(flags) == 0
         model = tinyti.load(TINY)
-        for word, vectors in embeddings.read(tmp_path / str(seed)).items():
+        for word, vectors in words.read_words(tmp_path / str(seed)).items():
             model.add_word(word, vectors)
         drawn = concepts.draw(model, "a painting in the style of S*" if style else "a photo of S*", 16)
         one.append(accepted(name, drawn))

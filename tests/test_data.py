@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from tinyti import data
+from tinyti import examples
+from tinyti.files import pictures
 
 from .conftest import ROOT
 
@@ -39,7 +40,7 @@ def near(colour, expected, within=3):
 def saved(image, file, **options):
     """A picture as it comes back from a file."""
     image.save(file, **options)
-    return data.read_image(file)
+    return pictures.read_image(file)
 
 
 # one picture
@@ -134,13 +135,13 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
 
 def test_values_and_way_back():
     image = marked((32, 32))
-    pixels = data.to_tensor(image, 32)
+    pixels = pictures.to_tensor(image, 32)
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32 and pixels.is_contiguous()
     assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
     assert_close(pixels[:, 0, -1], torch.tensor([-1.0, 128 / 127.5 - 1, -1.0]))
-    assert data.to_image(pixels).tobytes() == image.tobytes()
-    assert data.to_image(pixels * 3).getpixel((31, 31)) == WHITE
-    one_pixel = data.to_tensor(Image.new("RGB", (1, 1), RED), 16)
+    assert pictures.to_image(pixels).tobytes() == image.tobytes()
+    assert pictures.to_image(pixels * 3).getpixel((31, 31)) == WHITE
+    one_pixel = pictures.to_tensor(Image.new("RGB", (1, 1), RED), 16)
     assert_close(one_pixel, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 16, 16))
 
 
@@ -150,17 +151,17 @@ def test_crops_the_middle_and_does_not_squash(size):
     left, top = (size[0] - 100) // 2, (size[1] - 100) // 2
     image.paste(WHITE, (left, top, left + 100, top + 100))
     image.paste(BLUE, (left, top, left + 50, top + 100))
-    pixels = data.to_tensor(image, 50)
+    pixels = pictures.to_tensor(image, 50)
     expected = Image.new("RGB", (50, 50), WHITE)
     expected.paste(BLUE, (0, 0, 25, 50))
     away = torch.arange(50).sub(24.5).abs() > 2  # from the edge that resizing blurs
-    assert_close(pixels[..., away], data.to_tensor(expected, 50)[..., away])
+    assert_close(pixels[..., away], pictures.to_tensor(expected, 50)[..., away])
 
 
 def test_downscaling_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255  # finer than the 32 pixels can show: must become grey
-    assert data.to_tensor(Image.fromarray(stripes), 32)[..., 2:-2].abs().max() < 0.02
+    assert pictures.to_tensor(Image.fromarray(stripes), 32)[..., 2:-2].abs().max() < 0.02
 
 
 def test_12000_by_9000_in_bounded_time_and_memory(tmp_path):
@@ -169,7 +170,7 @@ def test_12000_by_9000_in_bounded_time_and_memory(tmp_path):
     program = """
 import resource, sys, time, torch, tinyti.data as data
 start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-photos, passed_over = data.read_folder(sys.argv[1], 64)
+photos, passed_over = pictures.read_photos(sys.argv[1], 64)
 assert passed_over == [], passed_over
 assert torch.allclose(photos[0].pixels, torch.tensor(200 / 127.5 - 1), atol=0.02)
 assert photos[1].pixels.min() == 1
@@ -199,7 +200,7 @@ def test_folder_with_all_sorts_of_things(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     Image.new("1", (20_000, 20_000)).save(tmp_path / "g.png")
 
-    photos, passed_over = data.read_folder(tmp_path, 16)
+    photos, passed_over = pictures.read_photos(tmp_path, 16)
     assert [photo.file.name for photo in photos] == ["a.JPG", "b.png", "c.webp"]
     assert [photo.caption for photo in photos] == [None, "a mug on a table", None]
     assert all(photo.pixels.shape == (3, 16, 16) for photo in photos)
@@ -209,32 +210,32 @@ def test_folder_with_all_sorts_of_things(tmp_path):
     for line, (name, reason) in zip(passed_over, reasons.items(), strict=True):
         assert line.startswith(f"{tmp_path / name}: ") and reason in line and "\n" not in line
 
-    [photo], passed_over = data.read_folder(tmp_path / "b.png", 16)  # a single picture is a folder of one
+    [photo], passed_over = pictures.read_photos(tmp_path / "b.png", 16)  # a single picture is a folder of one
     assert (photo.file, photo.caption, passed_over) == (tmp_path / "b.png", "a mug on a table", [])
 
 
 def test_folders_that_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="No such folder"):
-        data.read_folder(tmp_path / "none", 16)
+        pictures.read_photos(tmp_path / "none", 16)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        data.read_image(tmp_path / "none.png")
+        pictures.read_image(tmp_path / "none.png")
     with pytest.raises(ValueError, match=r"No readable picture in .*found nothing"):
-        data.read_folder(tmp_path, 16)
+        pictures.read_photos(tmp_path, 16)
     (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"No readable picture in .*a.txt: not a picture"):
-        data.read_folder(tmp_path, 16)
+        pictures.read_photos(tmp_path, 16)
     marked().save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
-        data.read_folder(tmp_path, 16)
+        pictures.read_photos(tmp_path, 16)
 
 
 # prompts
 
 
 def test_template_lists():
-    assert len(data.OBJECT_TEMPLATES) == len(set(data.OBJECT_TEMPLATES)) == 27
-    assert len(data.STYLE_TEMPLATES) == 19 and len(set(data.STYLE_TEMPLATES)) == 17
-    for template in [*data.OBJECT_TEMPLATES, *data.STYLE_TEMPLATES]:
+    assert len(examples.OBJECT_TEMPLATES) == len(set(examples.OBJECT_TEMPLATES)) == 27
+    assert len(examples.STYLE_TEMPLATES) == 19 and len(set(examples.STYLE_TEMPLATES)) == 17
+    for template in [*examples.OBJECT_TEMPLATES, *examples.STYLE_TEMPLATES]:
         assert template.count("{}") == 1 and template.endswith(" {}")
 
 
@@ -245,20 +246,20 @@ def test_template_lists():
     ("{0} and {}", "S*", None, "{0} and S*"), ("a {}", "{}", None, "a {}"),  # nothing else is a field
 ])  # fmt: skip
 def test_prompt(template, word, caption, expected):
-    assert data.prompt(template, word, caption) == expected
+    assert examples.fill_template(template, word, caption) == expected
 
 
 def test_own_templates(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_bytes(b"\xef\xbb\xbf# made by hand\r\n\r\n  a portrait of {}  \r\n{} as a toy")
-    assert data.read_templates(file) == ["a portrait of {}", "{} as a toy"]
+    assert examples.read_templates(file) == ["a portrait of {}", "{} as a toy"]
     for content, found in [
         (b"a {}\n\na photo of S*\n", r"line 3: 'a photo of S\*'"), (b"", "no templates"),
         (b"# nothing\n\n", "no templates"), (b"a {} caf\xe9\n", "UTF-8"),
     ]:  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(ValueError, match=found) as caught:
-            data.read_templates(file)
+            examples.read_templates(file)
         assert "\n" not in str(caught.value) and str(file) in str(caught.value)
     with pytest.raises(FileNotFoundError):
-        data.read_templates(tmp_path / "none.txt")
+        examples.read_templates(tmp_path / "none.txt")

@@ -13,10 +13,10 @@ from diffusers import (
 from PIL import Image
 
 import tinyti
-from tinyti.data import read_image, to_image, to_tensor
 from tinyti.diffusion import Schedule
 from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, overlay, paste, to_mask
-from tinyti.unet import Transformer
+from tinyti.files.pictures import read_image, to_image, to_tensor
+from tinyti.networks.unet import Transformer
 
 from .conftest import CONCEPTS, TINY, relative_error
 from .test_pipeline import SCHEDULERS

@@ -24,7 +24,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import tinyti
-from tinyti import embeddings
+from tinyti import convert
+from tinyti.files import whole, words
 
 from .conftest import ROOT, TINY
 
@@ -91,9 +92,9 @@ def expect(words, name, tensor):
 def test_official_file_of_one_word_or_several(tmp_path, old_torch):
     tensor = vectors(3, 1280)
     official(tmp_path / "embeddings.pt", {"*": tensor}, old_torch)
-    expect(embeddings.read(tmp_path / "embeddings.pt"), "embeddings", tensor)
+    expect(words.read_words(tmp_path / "embeddings.pt"), "embeddings", tensor)
     official(tmp_path / "merged.pt", words := {"*": vectors(1), "@": vectors(2, seed=1)}, old_torch)
-    got = embeddings.read(tmp_path / "merged.pt")
+    got = words.read_words(tmp_path / "merged.pt")
     assert list(got) == ["merged", "@"] and torch.equal(got["@"], words["@"])
 
 
@@ -109,17 +110,17 @@ def test_official_file_of_one_word_or_several(tmp_path, old_torch):
 ])  # fmt: skip
 def test_files_without_names_go_by_their_own(tmp_path, contents):
     torch.save(contents, tmp_path / "cat.pt")
-    expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors())
+    expect(words.read_words(tmp_path / "cat.pt"), "cat", vectors())
     if isinstance(contents, dict) and len(contents) < 3 and "string_to_param" not in contents:
         save_file(contents, tmp_path / "my.cat.safetensors")
-        expect(embeddings.read(tmp_path / "my.cat.safetensors"), "my.cat", vectors())
+        expect(words.read_words(tmp_path / "my.cat.safetensors"), "my.cat", vectors())
 
 
 @pytest.mark.parametrize("inner, shown", [("S*", "S*"), ("a\nb", r"a\nb")])
 def test_renamed_automatic1111_file_goes_by_the_files_name(tmp_path, inner, shown):
     torch.save(a1111(vectors(), inner), tmp_path / "cat.pt")
     with pytest.warns(UserWarning) as caught:
-        expect(embeddings.read(tmp_path / "cat.pt"), "cat", vectors())
+        expect(words.read_words(tmp_path / "cat.pt"), "cat", vectors())
     [note] = [str(warning.message) for warning in caught]
     assert "the word is cat, after the file" in note and note.endswith(f"inside it is {shown}")
 
@@ -127,7 +128,7 @@ def test_renamed_automatic1111_file_goes_by_the_files_name(tmp_path, inner, show
 @pytest.mark.parametrize("inner, word", [("cat", "cat"), (None, "x")])
 def test_automatic1111_picture_goes_by_the_name_inside(tmp_path, inner, word):
     picture(tmp_path / "x.png", as_text(a1111({"TORCHTENSOR": vectors().tolist()}, inner)))
-    expect(embeddings.read(tmp_path / "x.png"), word, vectors())
+    expect(words.read_words(tmp_path / "x.png"), word, vectors())
 
 
 @pytest.mark.parametrize("tensor", [
@@ -140,21 +141,21 @@ def test_diffusers_file_and_folder(tmp_path, tensor, suffix):
     path = tmp_path / f"learned_embeds{suffix}"
     save(path, {"<cat-toy>": tensor.contiguous() if suffix == ".safetensors" else tensor})
     expected = (tensor if tensor.ndim == 2 else tensor[None]).float()
-    expect(embeddings.read(path), "<cat-toy>", expected)
-    expect(embeddings.read(tmp_path), "<cat-toy>", expected)
+    expect(words.read_words(path), "<cat-toy>", expected)
+    expect(words.read_words(tmp_path), "<cat-toy>", expected)
 
 
 def test_folder_prefers_safetensors(tmp_path):
     torch.save({"old": vectors()}, tmp_path / "learned_embeds.bin")
     save_file({"new": vectors()}, tmp_path / "learned_embeds.safetensors")
-    assert list(embeddings.read(tmp_path)) == ["new"]
+    assert list(words.read_words(tmp_path)) == ["new"]
 
 
 def test_cloneofsimo_file_without_its_lora_weights(tmp_path):
     words = {f"<s{i}>": vectors(1, seed=i)[0] for i in (3, 1, 5, 2, 4)}
     marks = {"unet": "{}", **dict.fromkeys(sorted(words), "<embed>")}
     save_by_hand(tmp_path / "final_lora.safetensors", {"unet:0:up": torch.zeros(320, 4), **words}, marks)
-    got = embeddings.read(tmp_path / "final_lora.safetensors")
+    got = words.read_words(tmp_path / "final_lora.safetensors")
     assert list(got) == list(words)  # in the file's order
     assert all(torch.equal(got[word], words[word][None]) for word in words)
 
@@ -164,14 +165,14 @@ def test_container_is_told_by_content_and_not_by_suffix(tmp_path):
     torch.save({"b": vectors(1)}, tmp_path / "b.safetensors")
     torch.save({"c": vectors(1)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for name, file in [("a", "a.pt"), ("b", "b.safetensors"), ("c", "c.pt")]:
-        expect(embeddings.read(tmp_path / file), name, vectors(1))
+        expect(words.read_words(tmp_path / file), name, vectors(1))
 
 
 def test_width_of_the_model(tmp_path):
     save_file({"S*": vectors(2, 1024)}, tmp_path / "x.safetensors")
-    embeddings.read(tmp_path / "x.safetensors", width=1024)
+    words.read_words(tmp_path / "x.safetensors", width=1024)
     with pytest.raises(ValueError, match=r"1024 \(SD2\).* 768 \(SD1\)"):
-        embeddings.read(tmp_path / "x.safetensors", width=768)
+        words.read_words(tmp_path / "x.safetensors", width=768)
 
 
 # refusing
@@ -179,7 +180,7 @@ def test_width_of_the_model(tmp_path):
 
 def refuse(path, *parts, error=ValueError):
     with pytest.raises(error) as caught:
-        embeddings.read(path)
+        words.read_words(path)
     message = str(caught.value)
     assert message.isprintable() and str(path).split("\n")[0] in message and len(message) < 600
     for part in parts:
@@ -333,7 +334,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
     path, tensor, lot = tmp_path / "x.pt", vectors(2, 16), random.Random(kind)
     marked = {"<s1>": tensor[0], "<s2>": tensor[1], "up": tensor}
     make = {
-        "written": lambda: embeddings.write(path, {"cat": tensor}),
+        "written": lambda: words.write_words(path, {"cat": tensor}),
         "pt": lambda: torch.save(a1111(tensor), path),
         "legacy": lambda: torch.save(a1111(tensor), path, _use_new_zipfile_serialization=False),
         "official": lambda: official(path, {"*": tensor}),
@@ -349,7 +350,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
     for data in cut_off + changed:
         path.write_bytes(data)
         try:
-            words = embeddings.read(path)
+            words = words.read_words(path)
         except ValueError as error:
             refused += 1
             message = str(error)
@@ -367,8 +368,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
 @pytest.mark.parametrize("name", ["learned_embeds.safetensors", "S*.pt"])
 @pytest.mark.filterwarnings("error")
 def test_what_is_written_is_read_back(tmp_path, name, n):
-    embeddings.write(tmp_path / name, {"S*": vectors(n)})
-    expect(embeddings.read(tmp_path / name), "S*", vectors(n))
+    words.write_words(tmp_path / name, {"S*": vectors(n)})
+    expect(words.read_words(tmp_path / name), "S*", vectors(n))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -377,20 +378,20 @@ def test_every_name_is_refused_or_read_back(tmp_path):
     letters = [*"aZ09*_<>.-/:{}\"'\\ é猫", "🐱", "\n", "\t", "\0", "\x7f", "\u200b", "\ud800", "\u2028"]
     names = ["".join(lot.choices(letters, k=lot.randrange(6))) for _ in range(100)]
     keys = re.findall(r'"(\w+)" in keys', (ROOT / "tinyti" / "embeddings.py").read_text())
-    keys += embeddings.UNNAMED
+    keys += words.UNNAMED
     assert len(keys) >= 5
     kept = 0
     for name in ["*", "MID", "IN01", "__metadata__", "clip_l", "clip_g", *keys, *names]:
         try:
-            embeddings.check_name(name)
+            words.check_name(name)
         except ValueError as error:
             assert str(error).isprintable()
             with pytest.raises(ValueError):
-                embeddings.write(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+                words.write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
         else:
             kept += 1
-            embeddings.write(tmp_path / "x.safetensors", {name: vectors(1, 8)})
-            expect(embeddings.read(tmp_path / "x.safetensors"), name, vectors(1, 8))
+            words.write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+            expect(words.read_words(tmp_path / "x.safetensors"), name, vectors(1, 8))
             assert name not in keys
     assert 20 < kept < 100
 
@@ -409,7 +410,7 @@ def test_automatic1111_allows_what_is_in_a_pt(tmp_path):
         return len(set(folders)) == 1 and all(re.fullmatch(r"data\.pkl|version|data/\d+", n) for n in names)
 
     for n in (1, 2, 8):
-        embeddings.write(tmp_path / "x.pt", {"S*": nn.Parameter(vectors(n))})
+        words.write_words(tmp_path / "x.pt", {"S*": nn.Parameter(vectors(n))})
         assert allowed(tmp_path / "x.pt")
         contents = torch.load(tmp_path / "x.pt", weights_only=True)
         torch.save(contents, tmp_path / "plain.pt")
@@ -428,7 +429,7 @@ def test_shapes_that_other_programs_read(tmp_path, n):
     kohya's gen_img for the number of vectors, always at the beginning: hence the README's table.
     """
     for suffix in (".pt", ".safetensors"):
-        embeddings.write(tmp_path / f"x{suffix}", {"S*": vectors(n)})
+        words.write_words(tmp_path / f"x{suffix}", {"S*": vectors(n)})
     [row_by_row] = torch.load(tmp_path / "x.pt", weights_only=True)["string_to_param"].values()
     [tensor] = load_file(tmp_path / "x.safetensors").values()
     assert row_by_row.shape == (n, 768) and tensor.shape == ((768,) if n == 1 else (n, 768))
@@ -437,9 +438,9 @@ def test_shapes_that_other_programs_read(tmp_path, n):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
     table = torch.cat([vectors(2), torch.zeros(5000, 768)])
-    embeddings.write(tmp_path / f"a{suffix}", {"S*": vectors(2)})
+    words.write_words(tmp_path / f"a{suffix}", {"S*": vectors(2)})
     monkeypatch.setattr("time.time", lambda: 2e9)
-    embeddings.write(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
+    words.write_words(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
@@ -454,14 +455,14 @@ def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
 ])  # fmt: skip
 def test_refuses_to_write(tmp_path, name, words, found):
     with pytest.raises(FileNotFoundError if "folder" in found else ValueError, match=found):
-        embeddings.write(tmp_path / name, words)
+        words.write_words(tmp_path / name, words)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "x.safetensors"
-    embeddings.write(path, {"S*": vectors(1)})
+    words.write_words(path, {"S*": vectors(1)})
     before = path.read_bytes()
 
     def full(*arguments):
@@ -469,20 +470,20 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
 
     monkeypatch.setattr(embeddings if step == "open" else os, step, full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        embeddings.write(path, {"S*": vectors(1, seed=1)})
+        words.write_words(path, {"S*": vectors(1, seed=1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupt_leaves_the_old_file_and_a_killed_process_no_obstacle(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), embeddings.atomic_write(path) as stream:
+    with pytest.raises(KeyboardInterrupt), whole.atomic_write(path) as stream:
         stream.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     (tmp_path / ".x.pt.tmp").write_bytes(b"half" * 10_000)
-    embeddings.write(path, {"x": vectors(1)})
-    expect(embeddings.read(path), "x", vectors(1))
+    words.write_words(path, {"x": vectors(1)})
+    expect(words.read_words(path), "x", vectors(1))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -504,7 +505,7 @@ def pipeline():
      ("e\u0301*", 2, True), ("İ*", 2, True), ("猫ß", 2, False)],
 )  # fmt: skip
 def test_compatibility_warning_is_given_where_diffusers_drops_vectors(pipeline, word, n, warned):
-    warning = embeddings.compatibility_warning(word, n)
+    warning = words.compatibility_warning(word, n)
     assert bool(warning) == warned
     if warned:
         assert f"first of the {n} vectors of {word}" in warning and f"{word} {word}_1" in warning
@@ -525,7 +526,7 @@ def test_ways_around_capitals_draw_the_picture(tmp_path, pipeline, name, options
         pytest.skip("transformers 4 has no such trouble")
     model = tinyti.load(TINY)
     rows = model.text.table[model.tokenizer.encode("red boat")]
-    embeddings.write(tmp_path / "learned_embeds.safetensors", {name: rows})
+    words.write_words(tmp_path / "learned_embeds.safetensors", {name: rows})
     model.add_word("S*", rows)
     x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     *_, x_0 = tinyti.sample(model, "a photo of S* in the snow", steps=6, guidance=5.0, x_T=x_T)
@@ -548,7 +549,7 @@ def test_command_line_shows_and_converts(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=os.environ | terminal, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == r"\u732b: 2 x 768 (SD1), norm 0.500 2.000"
-    expect(embeddings.read(tmp_path / "out.safetensors"), "猫", tensor)
+    expect(words.read_words(tmp_path / "out.safetensors"), "猫", tensor)
 
 
 @pytest.fixture
@@ -556,7 +557,7 @@ def command_line(capsys):
     """Runs it: -> exit status, lines of output, lines of errors."""
 
     def run(*arguments):
-        status = embeddings.main([*map(str, arguments)])
+        status = convert.main([*map(str, arguments)])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err.splitlines()
 
@@ -568,7 +569,7 @@ def test_command_line_tells_what_to_mind(tmp_path, command_line):
     status, out, (after_the_file, capitals) = command_line(tmp_path / "Cat.pt", tmp_path / "out.safetensors")
     assert status == 0 and out[0].startswith("Cat: 2 x 768")
     assert "the word is Cat, after the file" in after_the_file and "inside it is S*" in after_the_file
-    assert capitals == f"WARNING: {embeddings.compatibility_warning('Cat', 2)}"
+    assert capitals == f"WARNING: {words.compatibility_warning('Cat', 2)}"
 
 
 def test_command_line_refuses_in_one_line(tmp_path, command_line):
@@ -579,7 +580,7 @@ def test_command_line_refuses_in_one_line(tmp_path, command_line):
 
 
 def test_command_line_overwrites_only_when_forced(tmp_path, command_line):
-    embeddings.write(tmp_path / "cat.pt", {"cat": vectors(1)})
+    words.write_words(tmp_path / "cat.pt", {"cat": vectors(1)})
     (tmp_path / "out.pt").write_text("mine")
     status, _, [error] = command_line(tmp_path / "cat.pt", tmp_path / "out.pt")
     assert status == 2 and "--force" in error and (tmp_path / "out.pt").read_text() == "mine"
@@ -594,13 +595,13 @@ def test_command_line_shows_the_nearest_words_of_a_model(tmp_path, command_line,
     model = SimpleNamespace(text=SimpleNamespace(table=table), tokenizer=tokenizer)
     monkeypatch.setattr(tinyti, "load", lambda path: model)
     path, weights = tmp_path / "x.safetensors", ["--weights", "models/tiny"]
-    embeddings.write(path, {"S*": torch.tensor([[0.5, 0, 0], [1, 1, 0]])})
+    words.write_words(path, {"S*": torch.tensor([[0.5, 0, 0], [1, 1, 0]])})
     assert command_line(path, *weights) == (0, [
         "S*: 2 x 3, norm 0.500 1.414",
         "  near cat 1.00, kitten 0.71, dog 0.00",
         "  near kitten 1.00, cat 0.71, dog 0.00",
     ], [])  # fmt: skip
-    embeddings.write(path, {"S*": vectors(1)})
+    words.write_words(path, {"S*": vectors(1)})
     status, _, [error] = command_line(path, tmp_path / "out.pt", *weights)
     assert status == 2 and "768 (SD1); expected 3, the model's" in error
     assert not (tmp_path / "out.pt").exists()

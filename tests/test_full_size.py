@@ -17,9 +17,9 @@ from diffusers import UNet2DConditionModel as TheirUNet
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tinyti import checkpoint
-from tinyti.unet import UNetConfig
-from tinyti.vae import VAEConfig
+from tinyti.files import folder
+from tinyti.networks.unet import UNetConfig
+from tinyti.networks.vae import VAEConfig
 
 from . import published
 from .conftest import ROOT, randomise, relative_error
@@ -41,8 +41,8 @@ def random_network(kind, raw):
 
 
 def ours(kind, raw, theirs):
-    config = checkpoint.read_config(kind, raw, "config.json")
-    return checkpoint.build(
+    config = folder.read_config(kind, raw, "config.json")
+    return folder.build(
         config, {k.removeprefix("text_model."): w for k, w in theirs.state_dict().items()}
     )
 

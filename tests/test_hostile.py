@@ -13,9 +13,10 @@ import torch
 
 import sample as sample_py
 import train as train_py
-from tinyti import cli, embeddings
+from tinyti.files import words
 from tinyti.inversion import Inversion
-from tinyti.run import FORMAT
+from tinyti.programs import cli
+from tinyti.programs.run import FORMAT
 
 from .conftest import CONCEPTS
 from .test_train import VIEWS, contents
@@ -244,7 +245,7 @@ def test_every_damage_of_a_words_file_is_one_line(finished, tmp_path):
                 data[rng.randrange(len(data) if number % 2 else 90)] = rng.randrange(256)
         file.write_bytes(data)
         try:
-            words = embeddings.read(file)
+            words = words.read_words(file)
         except ValueError as error:
             assert "\n" not in str(error)
         else:

@@ -10,8 +10,9 @@ import tinyti
 import train as train_py
 from tinyti import inversion
 from tinyti.concept import Concept
-from tinyti.data import OBJECT_TEMPLATES, read_folder
-from tinyti.inversion import Inversion, diagnose, draw, evaluate, invert, losses, make_examples, timestep_at
+from tinyti.examples import OBJECT_TEMPLATES, draw_batch, make_examples, timestep_at
+from tinyti.files.pictures import read_photos
+from tinyti.inversion import Inversion, diagnose, evaluate, invert, losses
 
 from .conftest import CONCEPTS, TINY
 
@@ -25,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def examples(model):
-    photos, _ = read_folder(CONCEPTS / "cat", SIZE)
+    photos, _ = read_photos(CONCEPTS / "cat", SIZE)
     return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
 
 
@@ -75,7 +76,7 @@ def test_the_loss_is_equation_2(model, examples):
 
 
 def batch(model, examples, size=3):
-    x_0, eps, u, prompts = draw(examples, size, torch.Generator().manual_seed(0))
+    x_0, eps, u, prompts = draw_batch(examples, size, torch.Generator().manual_seed(0))
     return x_0, eps, timestep_at(u, model, (0.25, 0.95)), prompts
 
 
@@ -198,7 +199,7 @@ def test_a_word_that_learned_nothing_is_diagnosed(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
     there = tinyti.load(TINY, "cuda", dtype)
-    on_gpu = make_examples(there, "S*", read_folder(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
+    on_gpu = make_examples(there, "S*", read_photos(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
     word = learn(there, on_gpu, steps=30, batch_size=8)
     assert diagnose(word) is None
     here = learn(model, examples, 32, word.state_dict())
@@ -212,7 +213,7 @@ def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_recorded_kernels_compute_the_same(dtype, monkeypatch):
     there = tinyti.load(TINY, "cuda", dtype)
-    examples = make_examples(there, "S*", read_folder(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
+    examples = make_examples(there, "S*", read_photos(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
     recorded = learn(there, examples, steps=7, batch_size=5, accumulate=2)  # parts of 2 and of 3
     monkeypatch.setattr(inversion, "recorded", lambda function: function)
     direct = learn(there, examples, steps=7, batch_size=5, accumulate=2)

@@ -7,11 +7,11 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from tinyti import checkpoint
-from tinyti.clip import TextConfig
-from tinyti.ldmbert import LDMBertConfig
-from tinyti.unet import UNetConfig
-from tinyti.vae import VAEConfig
+from tinyti.files import folder
+from tinyti.networks.clip import TextConfig
+from tinyti.networks.ldmbert import LDMBertConfig
+from tinyti.networks.unet import UNetConfig
+from tinyti.networks.vae import VAEConfig
 
 from .conftest import randomise, relative_error
 
@@ -28,8 +28,8 @@ UNETS = {
 def ours(kind, their_model, strip=""):
     """Our network, built from the configuration and the weights that theirs would save."""
     raw = their_model.config.to_dict() if hasattr(their_model.config, "to_dict") else dict(their_model.config)
-    config = checkpoint.read_config(kind, raw, "config.json")
-    return checkpoint.build(
+    config = folder.read_config(kind, raw, "config.json")
+    return folder.build(
         config, {k.removeprefix(strip): w.clone() for k, w in their_model.state_dict().items()}
     )
 
@@ -130,7 +130,7 @@ def test_clip_text(activation):
 
 
 def test_clip_text_accepts_ids_above_the_vocabulary():
-    text = checkpoint.NETWORKS[TextConfig](TextConfig(vocab_size=10, hidden_size=8, num_hidden_layers=0))
+    text = folder.NETWORKS[TextConfig](TextConfig(vocab_size=10, hidden_size=8, num_hidden_layers=0))
     assert text.embed(torch.tensor([[3, 10, 57]])).shape == (1, 3, 8)
 
 
@@ -164,8 +164,8 @@ def clips(tmp_path_factory):
     theirs.save_pretrained(folder)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(folder)
-    config, weights, preprocess = checkpoint.read_clip(folder)
-    return theirs, processor, checkpoint.build(config, weights, preprocess=preprocess)
+    config, weights, preprocess = folder.read_clip(folder)
+    return theirs, processor, folder.build(config, weights, preprocess=preprocess)
 
 
 def test_clip_encode_text(clips):

@@ -9,7 +9,7 @@ from torch.cuda._utils import _get_device_index
 
 import tinyti
 from tinyti.diffusion import denoise, randn
-from tinyti.model import pick_device
+from tinyti.programs.cli import pick_device
 
 from . import published
 from .conftest import TINY, relative_error

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import sample as sample_py
-from tinyti import embeddings
-from tinyti.data import read_image, to_image, to_tensor
+from tinyti.files import words
+from tinyti.files.pictures import read_image, to_image, to_tensor
 
 from .conftest import CONCEPTS
 
@@ -29,7 +29,7 @@ def word(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words") / "S"
     folder.mkdir()
     vectors = 0.1 * torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
-    embeddings.write(folder / "learned_embeds.safetensors", {"S*": vectors})
+    words.write_words(folder / "learned_embeds.safetensors", {"S*": vectors})
     return folder
 
 
@@ -128,7 +128,7 @@ def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
         lines = capsys.readouterr().err.splitlines()
         notes = [line for line in lines if "note:" in line or "do not fit" in line]
         assert len(notes) == (note is not None) and all(note in line for line in notes)
-    embeddings.write(tmp_path / "cat.pt", {"cat": torch.ones(1, 128)})
+    words.write_words(tmp_path / "cat.pt", {"cat": torch.ones(1, 128)})
     (tmp_path / "cat.pt").rename(tmp_path / "dog.pt")
     flags = ("--words", tmp_path / "dog.pt", *flags[2:], "--out", tmp_path / "out")
     assert draw("a photo of dog", *flags) == 0
@@ -137,7 +137,7 @@ def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
 
 
 def test_sample_refuses(word, room, tmp_path, capsys):
-    embeddings.write(tmp_path / "wide.safetensors", {"W*": torch.randn(1, 768)})
+    words.write_words(tmp_path / "wide.safetensors", {"W*": torch.randn(1, 768)})
     image, mask, _ = room
     for name, size, level in (("tall", (64, 96), 128), ("black", (96, 64), 0), ("white", (96, 64), 255)):
         Image.new("L", size, level).save(tmp_path / f"{name}.png")

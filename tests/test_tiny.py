@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import CLIPModel
 
 import tinyti
-from tinyti import embeddings
-from tinyti.data import to_image
+from tinyti.files import words
+from tinyti.files.pictures import to_image
 
 from .conftest import CONCEPTS, ROOT, TINY, relative_error
 
@@ -53,7 +53,7 @@ def test_diffusers_draws_the_same_picture_of_a_word(tmp_path, n, suffix):
     """Of the file that tinyti writes, from the same prompt and noise; and the word shows in it."""
     model = tinyti.load(TINY)
     rows = model.text.table[model.tokenizer.encode("blue boat")][:n]
-    embeddings.write(tmp_path / f"word{suffix}", {"<boat>": rows})
+    words.write_words(tmp_path / f"word{suffix}", {"<boat>": rows})
     theirs = StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_textual_inversion(str(tmp_path), weight_name=f"word{suffix}")
@@ -61,7 +61,7 @@ def test_diffusers_draws_the_same_picture_of_a_word(tmp_path, n, suffix):
     prompt, options = "a photo of a <boat> in the snow", {"guidance_scale": 5.0, "output_type": "pt"}
     reference = theirs(prompt, num_inference_steps=6, latents=x_T, **options).images
     *_, without = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
-    [vectors] = embeddings.read(tmp_path / f"word{suffix}").values()
+    [vectors] = words.read_words(tmp_path / f"word{suffix}").values()
     model.add_word("<boat>", vectors)  # a .pt is named after the file
     *_, x_0 = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
     assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train as train_py
-from tinyti import cli, embeddings
-from tinyti.data import OBJECT_TEMPLATES
+from tinyti.examples import OBJECT_TEMPLATES
+from tinyti.files import words
+from tinyti.programs import cli
 
 from .conftest import CONCEPTS, ROOT
 
@@ -238,14 +239,14 @@ NAMES += ["*", "S*", "0", "é", "<my-cat>", "猫", "name", "format", "learned_em
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_refused_or_read_back(name, tmp_path, capsys):
-    """What embeddings.read would not give back is no name, and that is known before anything is learned."""
+    """What words.read_words would not give back is no name, and that is known before anything is learned."""
     out = tmp_path / "out"
     status = train("--images", CONCEPTS / "cat", "--token", name, "--out", out, *FEW, "--steps", "1")
     if status == 2:
         assert name in last_line(capsys) and not out.exists()
     else:
-        assert list(embeddings.read(out)) == [name]
-    assert (status == 2) == (name in embeddings.RESERVED)
+        assert list(words.read_words(out)) == [name]
+    assert (status == 2) == (name in words.RESERVED)
 
 
 def test_as_many_vectors_as_every_prompt_has_room_for(tmp_path, capsys):

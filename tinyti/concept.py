@@ -1,5 +1,7 @@
 """Concept: the vectors of a learned word, all that textual inversion trains."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,14 +27,16 @@ class Concept(nn.Module):
         """
         m, rows = len(rows), rows.detach().float()
         if m >= n:
-            shares = rows.tensor_split([i * m // n for i in range(1, n)])
-            return torch.stack([share.mean(dim=0) for share in shares])  # (n, D)
-        row = torch.arange(n, device=rows.device) * m // n  # of each vector
-        vectors = rows[row]
+            bounds = [i * m // n for i in range(n + 1)]
+            return torch.stack([rows[a:b].mean(dim=0) for a, b in pairwise(bounds)])  # (n, D)
+        sources = [i * m // n for i in range(n)]  # the row that each vector starts at
+        vectors = rows[sources]
         noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
         noise = 0.1 * vectors.norm(dim=-1, keepdim=True) * F.normalize(noise, dim=-1)
-        is_repeated = torch.cat([row[:1] < 0, row[1:] == row[:-1]])
-        return torch.where(is_repeated[:, None], vectors + noise, vectors)
+        for i, (before, source) in enumerate(pairwise(sources), 1):
+            if source == before:
+                vectors[i] += noise[i]
+        return vectors
 
     def insert(self, embeds: Tensor, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).

@@ -4,7 +4,7 @@ Nothing here knows a network: a sampler is given a function that predicts."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
-SUPPORTED = {
+CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
@@ -38,12 +38,9 @@ class Schedule:
 
     def __post_init__(self):
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
-        for field in fields(self):
-            value, supported = getattr(self, field.name), SUPPORTED.get(field.name)
-            if not isinstance(value, (int, float) if field.type is float else field.type):
-                raise ValueError(f"{field.name} is {value!r:.100}; expected a value like {field.default!r}")
-            if supported and value not in supported:
-                raise ValueError(f"{field.name} is {value!r:.100}; supported are {', '.join(supported)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}; supported are {', '.join(choices)}")
         if not 0 < start <= end < 1:
             raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they rise, between 0 and 1")
         if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):
@@ -52,17 +49,6 @@ class Schedule:
         self.betas = torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
         self._tables = {}  # what `_at` reads, by device and dtype
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Schedule":
-        """A schedule from the dictionary in scheduler_config.json, whichever scheduler wrote it.
-
-        ValueError where the file asks for what would change the numbers and is not done here.
-        """
-        for name in ("trained_betas", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
-            if config.get(name) not in (False, None):
-                raise ValueError(f"{name} is {config[name]!r:.100}, which is not supported")
-        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
 
     def _at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like`; t an int or (B,)."""
@@ -174,8 +160,8 @@ def randn(shape: Sequence[int], generator: Generator | list[Generator] | None = 
     return z if like is None else z.to(like, non_blocking=like.is_cuda)
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; a GPU need not have finished what it is at."""
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without waiting for the GPU's queue."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -198,7 +184,7 @@ def denoise(predict: Callable[[Tensor, int], Tensor], x_T: Tensor, schedule: Sch
     for t, t_next in list(zip(ts, [*ts[1:], -1]))[start:]:
         x_0, eps = schedule.split(x, predict(x, t).to(x.dtype), t)
         if sampler == "ddim":
-            # Strides of equal length, as diffusers does, also where the spacing rounds to unequal ones.
+            # Like diffusers, step back by T // steps even where rounding makes the timesteps uneven.
             t_prev = t - schedule.num_train_timesteps // steps
             z = randn(x.shape, generator, x) if eta > 0 else None
             x = schedule.ddim_step(x_0, eps, t, t_prev, eta, z)

@@ -1,6 +1,6 @@
 """Begin with a given picture: redraw all of it or a region, find its noise, see where a word acts.
 
-`image` is (3, H, W) in [-1, 1] for all prompts, or (B, 3, H, W) with one for each (data.to_tensor); the
+`image` is (3, H, W) in [-1, 1] for all prompts, or (B, 3, H, W) with one for each (to_tensor of files/pictures.py); the
 generators yield latents after each step, the last of which `model.decode` turns into pictures."""
 
 import math
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from .data import to_rgb, to_tensor
 from .diffusion import randn
+from .files.pictures import to_rgb, to_tensor
+from .graphs import no_graphs
 from .model import LatentDiffusion, sample
-from .unet import Transformer
+from .networks.unet import Transformer
+from .tokenizer import as_list
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, m
         yield x.copy_(torch.where(inside, x, outside))  # in place: from here the walk goes on
 
 
-def skipped(steps: int, strength: float) -> int:
+def skipped_steps(steps: int, strength: float) -> int:
     """How many of the steps are left out at a strength; ValueError if it is not in 0 … 1, or all are."""
     if not (0 <= strength <= 1 and int(steps * strength)):
         raise ValueError(f"strength is {strength} of {steps} steps; it is at most 1, and must leave a step")
@@ -68,7 +70,7 @@ def skipped(steps: int, strength: float) -> int:
 def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
     """A PIL picture of any size and mode -> mask (1, size, size): 0 (black) stays, 1 (white) is redrawn.
 
-    Cropped and resized as `data.to_tensor` does with the photo; grey is in between, what is transparent is
+    Cropped and resized as `to_tensor` does with the photo; grey is in between, what is transparent is
     white, and the 5 % next to black and white count as such, for masks saved as JPEG.  `feather` is the width
     in pixels of half the soft edge.  It lies inside the white, never beyond it, so white parts narrower than
     2 feather + 1 are lost.  ValueError for a mask that is black, or white, everywhere.
@@ -87,7 +89,7 @@ def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
 
 
 def paste(image: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
-    """The drawn pictures (B, 3, H, W) inside the mask (1, H, W), the image, to the bit, where it is 0."""
+    """Blend: drawn (B, 3, H, W) inside the mask (1, H, W), the original, unchanged to the bit, outside."""
     image = image.float()
     return image + mask.to(image) * (drawn.to(image) - image)
 
@@ -104,8 +106,7 @@ def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor,
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1")
     prompts, images = _batch(model, prompts, image)
-    mean, _ = model.vae.encode(images.to(model.device, model.dtype))
-    x = mean.float() * model.vae.config.scaling_factor
+    x, _ = model.encode_moments(images)
     context = model.encode_prompts(prompts)
     ts, stride = model.schedule.timesteps(steps), model.schedule.num_train_timesteps // steps
     for t in reversed(ts):
@@ -127,7 +128,7 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
     3.1) over heads, layers and steps, each layer enlarged to `size`, (height, width) in pixels, as by DAAM
     (2210.04885).  A word of several vectors has their sum.  ValueError if a prompt is without the word.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_list(prompts)
     ids = torch.tensor(model.tokenizer.encode(word))
     at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
     if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
@@ -147,11 +148,10 @@ def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
         if isinstance(layer, Transformer):
             hooks.append(layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[2:])))
             hooks.append(layer.transformer_blocks[0].attn2.register_forward_hook(record))
-    predict, model.predict = model.predict, model.unet  # what is recorded calls no hooks
     try:
-        yield heat
+        with no_graphs():  # a CUDA graph replays kernels and never calls Python hooks
+            yield heat
     finally:
-        model.predict = predict
         for hook in hooks:
             hook.remove()
     heat.div_(max(1, len(shapes)))
@@ -167,7 +167,7 @@ def overlay(pictures: Tensor, heat: Tensor) -> Tensor:
 
 def _batch(model, prompts, image):
     """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_list(prompts)
     (height, width), factor = image.shape[-2:], model.vae.factor
     if height % factor or width % factor:
         raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
@@ -177,6 +177,6 @@ def _batch(model, prompts, image):
 def _begin(model, prompts, image, strength, steps, sampler, generator):
     """Prompts as a list of B, latents x_0 and noise eps (B, C, H/f, W/f), and the timesteps to be taken."""
     prompts, images = _batch(model, prompts, image)
-    ts = model.schedule.timesteps(steps, sampler)[skipped(steps, strength) :]
-    x_0 = model.encode_images(images, generator).float()
+    ts = model.schedule.timesteps(steps, sampler)[skipped_steps(steps, strength) :]
+    x_0 = model.encode_images(images, generator)
     return prompts, x_0, randn(x_0.shape, generator, x_0), ts

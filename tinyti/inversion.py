@@ -3,8 +3,8 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
 
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 
-Equal runs on one CPU are equal to the bit, but for single samples of 16 pixels on several threads; on a GPU
-attention's gradients add up in the order in which threads come."""
+On a CPU the same settings give the same bytes (several threads may round single samples of 16 pixels otherwise).
+On a GPU the last digits differ, because attention sums its gradients in no fixed order."""
 
 import math
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .concept import Concept
-from .data import Photo, prompt
-from .diffusion import randn, send
-from .model import LatentDiffusion, recorded
+from .examples import Batch, Examples, draw_batch
+from .graphs import record_graph
+from .model import LatentDiffusion
 from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
 OPTIMIZERS = {"whitened": (whitened, 1e-2), "adam": (adam, 5e-3)}  # and their learning rates
-AVERAGE = 10  # steps that the word is an average over
+AVERAGE = 10  # the word is a running average of about the last 10 points of the path
 EVALUATE_EVERY = 5  # steps
 EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
 CAP = 4.5  # how long whitened steps may make a vector, in median lengths of the vocabulary's rows
@@ -34,63 +34,67 @@ CAP = 4.5  # how long whitened steps may make a vector, in median lengths of the
 TIMESTEPS = (0.25, 0.95)
 
 
-class Examples(NamedTuple):
-    """What a word is learned from: the latents of its pictures, and the prompts for each of them."""
+class Point(NamedTuple):
+    """All that a step changes.  It is replaced as a whole, so Ctrl-C finds the step taken or not taken."""
 
-    mean: Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
-    std: Tensor
-    prompts: list[list[str]]  # for each picture, one per template
-
-
-@torch.no_grad()
-def make_examples(model: LatentDiffusion, word: str, photos: list[Photo], templates, flip=True) -> Examples:
-    """Encode the photos once, both ways round unless told not to, and put the word into the templates."""
-    images = torch.stack([photo.pixels for photo in photos])  # (N, 3, H, W)
-    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
-    moments = [model.vae.encode(view.to(model.device, model.dtype)) for view in views]  # a photo at a time
-    mean, std = (torch.stack(part).float() * model.vae.config.scaling_factor for part in zip(*moments))
-    return Examples(mean, std, [[prompt(t, word, photo.caption) for t in templates] for photo in photos])
+    step: int
+    path: Tensor  # where the optimizer stands, (n, D)
+    vectors: Tensor  # the word: a running average of the path, (n, D)
+    memory: dict  # the optimizer's
+    scale: float  # of the loss, where gradients would underflow in fp16
 
 
 class Inversion:
-    """All that changes while a word is learned; `invert` takes it from step to step.
+    """The state of a word while it is learned; `invert` takes it from step to step.
 
-    The optimizer walks a `path`.  Single points of it are noisy, for every step has seen a few samples only,
-    so the `word`, which `concept` shows, is a running average of the path, kept beside it; all are (n, D).
-    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each step's loss, the norm of
-    its gradient and of the word.  Nothing is changed in place, so what one keeps of a step stays as it is.
+    Each step sees only a few samples, so the path is noisy.  The word is its running average, and that is what
+    prompts use (`concept`).  `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each
+    step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
     """
 
     def __init__(self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened",
                  lr: float | None = None):  # fmt: skip
         function, default = OPTIMIZERS[optimizer]
-        self.optimizer = partial(function, lr=lr or default)
+        self.optimizer = partial(function, lr=default if lr is None else lr)
         if function is whitened:
             lengths = model.text.table.float().norm(dim=-1)
             longest = concept.norm().max().item()  # a start may be longer than the cap
             self.optimizer = partial(self.optimizer, cap=max(CAP * lengths.median().item(), longest))
         self.concept = concept
-        self.start = self.path = self.word = concept.vectors.detach().clone()
-        self.memory = {}  # the optimizer's
-        self.step = 0
-        self.scale = 2.0**16 if model.dtype == torch.float16 else 1.0  # of the loss: gradients underflow
+        self.start = concept.vectors.detach().clone()
+        self.point = Point(0, self.start, self.start, {}, 2.0**16 if model.dtype == torch.float16 else 1.0)
         self.evaluations: list[float] = []
         self.log: list[Tensor] = []
 
-    def move(self, gradients: Tensor, losses: Tensor) -> None:
-        """One step, along the gradients (B, n, D) of a batch's losses (B,)."""
-        path, word, memory, scale = self.path, self.word, self.memory, self.scale
-        if scale > 1 and not gradients.isfinite().all():  # fp16 overflowed: this batch is lost
+    @property
+    def step(self) -> int:
+        """The number of steps taken."""
+        return self.point.step
+
+    @property
+    def path(self) -> Tensor:
+        """Where the optimizer stands, (n, D)."""
+        return self.point.path
+
+    @property
+    def vectors(self) -> Tensor:
+        """The word (n, D)."""
+        return self.point.vectors
+
+    def move(self, losses: Tensor, gradients: Tensor) -> None:
+        """Take one step along the gradients (B, n, D) of a batch's losses (B,)."""
+        step, path, vectors, memory, scale = self.point
+        if scale > 1 and not gradients.isfinite().all():  # an fp16 overflow: the batch is lost
             scale = scale / 2
         else:
             path, memory = self.optimizer(path, gradients, memory)
-            word = word.lerp(path, max(2 / (self.step + 2), 1 / AVERAGE))
-        # nan_to_num, for an overflow of fp16 is no fault of the state.
+            vectors = vectors.lerp(path, max(2 / (step + 2), 1 / AVERAGE))
+        # An fp16 overflow only costs the batch: log 0 instead of NaN.
         loss, gradient = losses.mean().nan_to_num(), gradients.mean(dim=0).norm().nan_to_num()
-        self.log[self.step :] = [torch.stack([loss, gradient, word.norm(dim=-1).mean()])]
-        # At once: Ctrl-C finds the state before the step or after it.
-        self.__dict__.update(path=path, word=word, memory=memory, scale=scale, step=self.step + 1)
-        self.show(self.word)
+        del self.log[step:]  # of a step that Ctrl-C cut off
+        self.log.append(torch.stack([loss, gradient, vectors.norm(dim=-1).mean()]))
+        self.point = Point(step + 1, path, vectors, memory, scale)
+        self.show(vectors)
 
     @torch.no_grad()
     def show(self, vectors: Tensor) -> None:
@@ -98,132 +102,128 @@ class Inversion:
         self.concept.vectors.copy_(vectors)
 
     def is_finite(self) -> bool:
-        """Whether the word and its last evaluation are numbers."""
-        return bool(self.word.isfinite().all()) and math.isfinite(self.evaluations[-1])
+        """Whether the word and its last evaluation are finite numbers."""
+        return bool(self.vectors.isfinite().all()) and math.isfinite(self.evaluations[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to go on exactly from here, on the CPU."""
-        names = ("start", "path", "word", "memory", "scale", "step", "evaluations")
+        point = self.point._asdict()
+        point["word"] = point.pop("vectors")
         log = torch.cat([self.start.new_zeros(0, 3), *(row[None] for row in self.log[: self.step])])
-        return _to({name: getattr(self, name) for name in names} | {"log": log}, "cpu")
+        return _to({"start": self.start, "evaluations": self.evaluations, "log": log} | point, "cpu")
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
-        state = _to(state, self.start.device)
-        self.__dict__.update(state, evaluations=[*state["evaluations"]], log=[*state["log"]])
-        self.show(self.word)
+        saved = _to(saved, self.start.device)
+        self.start, self.evaluations, self.log = saved["start"], [*saved["evaluations"]], [*saved["log"]]
+        self.point = Point(saved["step"], saved["path"], saved["word"], saved["memory"], saved["scale"])
+        self.show(self.vectors)
 
 
-def invert(model: LatentDiffusion, word: Inversion, examples: Examples, steps: int = STEPS,
+def invert(model: LatentDiffusion, state: Inversion, examples: Examples, steps: int = STEPS,
            batch_size: int = BATCH_SIZE, seed: int = 0, accumulate: int = 1,
            span: tuple[float, float] = TIMESTEPS) -> Iterator[Inversion]:  # fmt: skip
-    """Learn a word: a generator that yields it after each step, until it has taken `steps` in all.
+    """Learn a word: a generator that yields its state after each step, until `steps` are taken in all.
 
     batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
-    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  Where the evaluation is no
-    number it ends early.  The draws of a step depend on `seed` and its number alone, so that a run which is
-    resumed (Inversion.load_state_dict) or distributed walks the same path.
+    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  It ends early where the
+    evaluation is not a finite number.  The draws of a step depend on `seed` and the step's number alone, so a
+    run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    bounds = [batch_size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
-    parts = [slice(a, b) for a, b in pairwise(bounds)][rank * accumulate :][:accumulate]  # of this process
-    compute = recorded(partial(gradients, model, word.concept.name))
-    begun = word.step
-    while True:
-        if word.step % EVALUATE_EVERY == 0 and len(word.evaluations) <= word.step // EVALUATE_EVERY:
-            value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
-            if ranks > 1:  # so that all agree when to end, down to the rounding
-                dist.broadcast(value, 0)
-            word.evaluations.append(value.item())
-        if word.step > begun:
-            yield word
-        if word.step >= steps or not math.isfinite(word.evaluations[-1]):
-            return
-        generator = Generator().manual_seed(seed * 1_000_003 + word.step + 1)
-        x_0, eps, u, prompts = draw(examples, batch_size, generator)
-        t = timestep_at(u, model, span)
-        ids, scale = model.tokenize(prompts), x_0.new_full((), word.scale)
-        vectors = word.path.expand(batch_size, -1, -1)  # a copy for each sample
-        loss, gradient = x_0.new_zeros(batch_size), torch.zeros_like(vectors)
-        for part in parts:
-            if prompts[part]:
-                inputs = vectors[part], ids[part], x_0[part], eps[part], t[part], scale
-                loss[part], gradient[part] = compute(*inputs)
-        if ranks > 1:  # the rows of the others are zero
-            dist.all_reduce(gradient)
-            dist.all_reduce(loss)
-        word.move(gradient, loss)
+    compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
+    evaluate_on_time(model, state, examples, seed, span)
+    while state.step < steps and math.isfinite(state.evaluations[-1]):
+        generator = Generator().manual_seed(seed * 1_000_003 + state.step + 1)
+        batch = draw_batch(model, examples, batch_size, generator, span)
+        losses, gradients = backward(compute, state.point, batch, accumulate)  # (B,), (B, n, D): equation 2
+        state.move(losses, gradients)
+        evaluate_on_time(model, state, examples, seed, span)
+        yield state
 
 
-def draw(examples: Examples, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """A batch: latents x_0 and noise eps (B, C, h, w), the timesteps' quantiles (B,), prompts."""
-    pictures, flips, *shape = examples.mean.shape
-    i = torch.randint(pictures, (size,), generator=generator)
-    j = torch.randint(flips, (size,), generator=generator)
-    k = torch.randint(len(examples.prompts[0]), (size,), generator=generator)
-    u = torch.rand(size, generator=generator)
-    z, eps = (send(randn((size, *shape), generator), examples.mean.device) for _ in range(2))
-    which = send(i * flips + j, examples.mean.device)
-    mean, std = (part.flatten(0, 1)[which] for part in examples[:2])
-    return mean + std * z, eps, u, [examples.prompts[a][b] for a, b in zip(i.tolist(), k.tolist())]
-
-
-def timestep_at(u: Tensor, model: LatentDiffusion, span: tuple[float, float]) -> Tensor:
-    """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
-    (low, high), T = span, model.schedule.num_train_timesteps
-    return send(((low + (high - low) * u.double()) * T).long().clamp(max=T - 1), model.device)
-
-
-def gradients(model: LatentDiffusion, word: str, vectors: Tensor, ids: Tensor, x_0: Tensor, eps: Tensor,
-              t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each sample, (B,), and its gradient in the sample's own copy of the vectors, (B, n, D).
-
-    ids (B, T) of the prompts; scale: a number that the loss is multiplied by on the way, for fp16.
-    """
-    copies = vectors.detach().requires_grad_()
-    loss = losses(model, x_0, eps, t, ids, {word: copies})  # equation 2
-    (gradient,) = torch.autograd.grad(scale * loss.sum(), copies)
-    return loss.detach(), gradient / scale
-
-
-def losses(model: LatentDiffusion, x_0: Tensor, eps: Tensor, t: Tensor, prompts: list[str] | Tensor,
-           vectors: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+def losses(model: LatentDiffusion, batch: Batch, vectors: dict[str, Tensor] | None = None) -> Tensor:
     """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32.
 
-    prompts, or their ids (B, T); `vectors` {word: (B, n, D)}: a copy for each sample, in the place of what
-    the word is.
+    `vectors` {name: (B, n, D)} stand in for a word's own, a copy for each sample.
     """
+    x_0, eps, t, ids = batch
     x_t = model.schedule.add_noise(x_0, eps, t)
     with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
-        context = model.encode_prompts(prompts, vectors)
+        context = model.encode_prompts(ids, vectors)
         prediction = model.predict(x_t.to(model.dtype), t, context)
     target = model.schedule.target(x_0, eps, t)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
+def losses_and_gradients(model: LatentDiffusion, name: str, vectors: Tensor, x_0: Tensor, eps: Tensor, t: Tensor,
+                         ids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each sample's loss, (B,), and its gradient in the sample's own copy of the vectors, (B, n, D).
+
+    One backward pass gives all of them, because every sample has its own copy.  `scale`: a number that the loss
+    is multiplied by on the way, for fp16.
+    """
+    copies = vectors.detach().requires_grad_()  # (B, n, D)
+    loss = losses(model, Batch(x_0, eps, t, ids), {name: copies})
+    (gradient,) = torch.autograd.grad(scale * loss.sum(), copies)
+    return loss.detach(), gradient / scale
+
+
+def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[Tensor, Tensor]:
+    """The losses (B,) and gradients (B, n, D) of a batch at a point, by `compute` (losses_and_gradients).
+
+    Each process computes its share, in `accumulate` parts to save memory; all get the whole.
+    """
+    size = len(batch.x_0)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    bounds = [size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
+    own = bounds[rank * accumulate : (rank + 1) * accumulate + 1]  # where this process's parts begin and end
+    vectors = point.path.expand(size, -1, -1)  # a copy for each sample
+    scale = batch.x_0.new_full((), point.scale)
+    loss, gradient = batch.x_0.new_zeros(size), torch.zeros_like(vectors)
+    for start, end in pairwise(own):
+        if start < end:
+            part = (x[start:end] for x in (vectors, *batch))
+            loss[start:end], gradient[start:end] = compute(*part, scale)
+    if ranks > 1:  # the rows of the others are zero
+        dist.all_reduce(gradient)
+        dist.all_reduce(loss)
+    return loss, gradient
+
+
 @torch.no_grad()
-def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0, span=TIMESTEPS,
-             size: int = EVALUATIONS) -> float:  # fmt: skip
+def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0,
+             span: tuple[float, float] = TIMESTEPS, size: int = EVALUATIONS) -> float:  # fmt: skip
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
-    x_0, eps, _, prompts = draw(examples, size, Generator().manual_seed(seed + 2**62))  # not a step's
-    t = timestep_at((torch.arange(size) + 0.5) / size, model, span)
-    return losses(model, x_0, eps, t, prompts).mean().item()
+    generator = Generator().manual_seed(seed + 2**62)  # not a step's
+    quantiles = (torch.arange(size) + 0.5) / size
+    return losses(model, draw_batch(model, examples, size, generator, span, quantiles)).mean().item()
 
 
-def diagnose(word: Inversion) -> str | None:
+def evaluate_on_time(model: LatentDiffusion, state: Inversion, examples: Examples, seed: int,
+                     span: tuple[float, float]) -> None:  # fmt: skip
+    """Evaluate the word at every EVALUATE_EVERY-th step, once; all processes take the first one's value."""
+    due = state.step % EVALUATE_EVERY == 0
+    if due and len(state.evaluations) <= state.step // EVALUATE_EVERY:
+        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+        if dist.is_initialized():  # so that all agree when to end, down to the rounding
+            dist.broadcast(value, 0)
+        state.evaluations.append(value.item())
+
+
+def diagnose(state: Inversion) -> str | None:
     """Why the word is not to be trusted, in a line; None if it has learned something."""
-    first, last = word.evaluations[0], word.evaluations[-1]
-    if not word.is_finite():
+    first, last = state.evaluations[0], state.evaluations[-1]
+    if not state.is_finite():
         return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
-    if torch.equal(word.word, word.start):
+    if torch.equal(state.vectors, state.start):
         return "the vector has not moved: its gradient was zero"
     if last >= first:
         return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
     return None
 
 
-def _to(state: Any, device: str | torch.device) -> Any:
-    """A copy of a state, with its tensors on a device."""
-    if isinstance(state, dict):
-        return {key: _to(value, device) for key, value in state.items()}
-    return state.to(device) if isinstance(state, Tensor) else state
+def _to(saved: Any, device: str | torch.device) -> Any:
+    """A copy of saved values, with the tensors on a device."""
+    if isinstance(saved, dict):
+        return {key: _to(value, device) for key, value in saved.items()}
+    return saved.to(device) if isinstance(saved, Tensor) else saved

@@ -5,7 +5,7 @@ The paper's two measures (2208.01618, section 5.1), by whichever CLIP is at hand
 import torch
 from PIL import Image
 
-from .clip import CLIP
+from .networks.vision import CLIP
 from .tokenizer import Tokenizer
 
 

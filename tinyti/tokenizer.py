@@ -20,6 +20,11 @@ LETTER = r"[\p{L}\p{N}_*]"  # what continues a word
 BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # and all that can be joined to it
 
 
+def as_list(prompts: str | list[str]) -> list[str]:
+    """One prompt or several, as a list."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
 class Tokenizer:
     """Turns prompts into the ids that a text transformer embeds.
 
@@ -76,7 +81,7 @@ class Tokenizer:
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """The ids of one or more prompts, (B, length): start, ids, end, padding; the end is never cut off."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = as_list(prompts)
         batch = torch.full((len(prompts), self.length), self.pad)
         for row, prompt in zip(batch, prompts):
             ids = [self.start, *self.encode(prompt)[: self.length - 2], self.end]

@@ -57,7 +57,7 @@ def adam(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float) -> tuple
 
 def inverse_root(matrix: Tensor) -> Tensor:
     """M^(-1/2) of symmetric positive semidefinite matrices (n, D, D), small eigenvalues floored."""
-    # Not a number in, not a number out, by way of the momentum; here eigh would raise.
+    # eigh raises on NaN; zero them here, the momentum carries the NaN to the result.
     finite = matrix.nan_to_num(0, 0, 0)
     finite = finite.cpu() if matrix.device.type == "mps" else finite  # which has no eigh
     values, axes = torch.linalg.eigh(finite)  # (n, D), (n, D, D)

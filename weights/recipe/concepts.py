@@ -20,9 +20,9 @@ from PIL import Image, ImageFilter
 from training import to_images
 
 import tinyti
-from tinyti.cli import GUIDANCE
-from tinyti.data import to_image
+from tinyti.files.pictures import to_image
 from tinyti.metrics import clip_i
+from tinyti.programs.miniature import GUIDANCE
 
 SEED = 7
 SIZE = 64

@@ -33,14 +33,15 @@ from tokenizers import models, pre_tokenizers, trainers
 from training import PROCESSES, RANK, Run, in_turn, integers, to_images, train, uniform
 
 import tinyti
-from tinyti.cli import GUIDANCE
-from tinyti.clip import CLIP, CLIPConfig, Preprocessing, TextConfig, VisionConfig
-from tinyti.data import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from tinyti.diffusion import Schedule, randn
-from tinyti.layers import Attention
+from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES
+from tinyti.networks.clip import TextConfig
+from tinyti.networks.layers import Attention
+from tinyti.networks.unet import UNet, UNetConfig
+from tinyti.networks.vae import VAE, VAEConfig
+from tinyti.networks.vision import CLIP, CLIPConfig, Preprocessing, VisionConfig
+from tinyti.programs.miniature import GUIDANCE
 from tinyti.tokenizer import Tokenizer
-from tinyti.unet import UNet, UNetConfig
-from tinyti.vae import VAE, VAEConfig
 
 HERE = Path(__file__).resolve().parent
 START, END = "<|startoftext|>", "<|endoftext|>"

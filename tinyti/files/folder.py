@@ -1,4 +1,4 @@
-"""Public weights, exactly as published, to networks: model folders, and the strict build of every part.
+"""Model folders exactly as published, and the strict build of every network.
 
 Every key must find its place and every place its key; only what is listed by name may be left over."""
 
@@ -7,26 +7,23 @@ import json
 import math
 import re
 import reprlib
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .clip import ACTIVATIONS, CLIP, CLIPConfig, CLIPText, Preprocessing, TextConfig, VisionConfig
-from .ldmbert import LDMBert, LDMBertConfig
-from .unet import UNet, UNetConfig
-from .vae import VAE, VAEConfig
+from ..diffusion import CHOICES, Schedule
+from ..networks.clip import ACTIVATIONS, CLIPText, TextConfig
+from ..networks.ldmbert import LDMBert, LDMBertConfig
+from ..networks.unet import UNet, UNetConfig
+from ..networks.vae import VAE, VAEConfig
+from ..networks.vision import CLIP, CLIPConfig, Preprocessing, VisionConfig
+from .tensors import explain_errors, read_tensors
 
-SUPPORTED = "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM text2img model, and weights/tiny"
 DOWNLOAD = (
     "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir weights/sd15 "
     '--include "*.json" --include "*.txt" --include "[tuv]*/*model.safetensors"'
@@ -50,6 +47,10 @@ FIXED = {
     TextConfig: {"hidden_act": tuple(ACTIVATIONS)},
     VisionConfig: {"hidden_act": tuple(ACTIVATIONS)},
     LDMBertConfig: {"activation_function": ("gelu",)},
+    Schedule: {
+        **CHOICES, "clip_sample": (False,), "rescale_betas_zero_snr": (False,), "thresholding": (False,),
+        "trained_betas": (None,),
+    },
 }  # fmt: skip
 
 # Published beside the weights, but no weights of ours: buffers, projections and heads that nothing here uses.
@@ -69,26 +70,13 @@ OLD_NAMES: Rules = [
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 
-# Packages whose objects training leaves in a .ckpt file beside the weights; empty stubs take their places.
-BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
 
+class Part(NamedTuple):
+    """One network of a model, not yet built."""
 
-@contextmanager
-def describes(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterator[None]:
-    """Whatever goes wrong while the contents of `path` become `what` is a ValueError of one line.
-
-    Whatever: there is hardly a kind of exception that files which are cut off, damaged or something else
-    would not make their readers raise.
-    """
-    try:
-        yield
-    except Exception as error:
-        found = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        found = f"{path} does not describe a {what} ({' '.join(found.split()):.500}); {hint}"
-        raise ValueError(" ".join(found.splitlines())) from None
-
-
-Part = tuple[Any, dict[str, Tensor], Path]  # configuration, weights, and where both are from
+    config: Any
+    weights: dict[str, Tensor]
+    path: Path  # where both are from
 
 
 @dataclass
@@ -98,12 +86,12 @@ class Checkpoint:
     unet: Part
     vae: Part
     text: Part
-    schedule: dict  # the contents of scheduler_config.json
-    scheduler: Path  # where it is from
+    scheduler: dict  # the contents of scheduler_config.json
+    scheduler_path: Path  # where it is from
     tokenizer: Path  # the folder of the vocabulary
 
     def __post_init__(self):
-        channels = self.unet[0].in_channels
+        channels = self.unet.config.in_channels
         if channels != 4:
             what = "an inpainting model" if channels == 9 else "a model of another kind"
             raise ValueError(f"it is {what}: its UNet takes {channels} channels")
@@ -117,7 +105,7 @@ def build(config, weights: dict[str, Tensor], path: str | Path = "configuration"
     and says what is wrong with a configuration that no network has.
     """
     kind = NETWORKS[type(config)]
-    with describes(path, kind.__name__):
+    with explain_errors(path, kind.__name__):
         # On meta: no memory and no random numbers for weights that are replaced at once.
         with torch.device("meta"):
             network = kind(config, **extra)
@@ -160,22 +148,26 @@ def read_folder(path: Path) -> Checkpoint:
 
     FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
     """
-    with describes(path, "latent diffusion model"):
+    with explain_errors(path, "latent diffusion model"):
         for part in ("text_encoder_2", "transformer"):
             if (path / part).exists():
                 raise ValueError(f"it has a {part}, as Stable Diffusion XL, 3 and Flux have them")
-    bert = not (path / "text_encoder").exists() and (path / "bert").exists()
-    folders = ("unet", "vae" if (path / "vae").exists() else "vqvae", "bert" if bert else "text_encoder")
-    parts = []
-    for kind, folder in zip((UNetConfig, VAEConfig, LDMBertConfig if bert else TextConfig), folders):
-        file = path / folder / "config.json"
-        config, weights = read_config(kind, read_json(file), file), read_weights(path / folder)
-        with describes(path / folder, kind.__name__):
-            parts.append((config, rename(weights, OLD_NAMES), path / folder))
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    schedule = read_json(scheduler)
-    with describes(path, "latent diffusion model"):
-        return Checkpoint(*parts, schedule, scheduler, path / "tokenizer")
+    vae = "vae" if (path / "vae").exists() else "vqvae"
+    is_ldm = (path / "bert").exists() and not (path / "text_encoder").exists()
+    text, text_kind = ("bert", LDMBertConfig) if is_ldm else ("text_encoder", TextConfig)
+    parts = [read_part(path / f, kind) for f, kind in (("unet", UNetConfig), (vae, VAEConfig), (text, text_kind))]
+    file = path / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file)
+    with explain_errors(path, "latent diffusion model"):
+        return Checkpoint(*parts, scheduler, file, path / "tokenizer")
+
+
+def read_part(folder: Path, kind: type) -> Part:
+    """Read the configuration `kind` and the weights of one network; errors as of `read_folder`."""
+    file = folder / "config.json"
+    config, weights = read_config(kind, read_json(file), file), read_weights(folder)
+    with explain_errors(folder, kind.__name__):
+        return Part(config, rename(weights, OLD_NAMES), folder)
 
 
 def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]:
@@ -204,7 +196,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; FileNotFoundError or ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; download the whole model folder (weights/README.md)")
-    with describes(path, "JSON object", "download it again"):
+    with explain_errors(path, "JSON object", "download it again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -218,7 +210,7 @@ def read_config(kind: type, raw: dict, path: Path):
     """
     values, fixed = {}, FIXED.get(kind, {})
     types = {field.name: field.type for field in fields(kind)}
-    with describes(path, kind.__name__):
+    with explain_errors(path, kind.__name__):
         for name in types | fixed:
             value = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
             if value is None:
@@ -259,50 +251,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
         for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
             if (folder / (stem + ending)).is_file():
-                return load_tensors(folder / (stem + ending))
+                return read_tensors(folder / (stem + ending))
     names = "diffusion_pytorch_model.safetensors, model.safetensors or the same as .bin"
     raise FileNotFoundError(f"{folder} has no weights: expected {names} (weights/README.md)")
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .bin or .ckpt file, mapped into memory; a pickle's code never runs.
-
-    ValueError if it is damaged, holds something else, or no file that could be read again.
-    """
-    with describes(path, "file of weights", "download it again, or as .safetensors"):
-        if not path.is_file():  # a device or a pipe may never end
-            raise ValueError("it is no regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's on odd pickles
-            state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-        state = state.get("state_dict", state) if isinstance(state, dict) else None
-        entries = state.items() if isinstance(state, dict) else ()
-        weights = {str(k): w.detach() for k, w in entries if torch.is_tensor(w)}
-        if not weights:
-            raise ValueError("it holds no dictionary of tensors")
-        for name, w in weights.items():
-            if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized:
-                raise ValueError(f"{name!r:.200} is sparse, quantised or without numbers")
-    return weights
-
-
-def _unpickle(path):
-    zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
-    try:
-        with torch.serialization.safe_globals(stubs):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except UnpicklingError as error:  # whose text advises to run the file's code
-        call = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"it would call {call[1]}, which was not run" if call else "it is damaged") from None
-
-
-def _stub(name):
-    """A class that keeps nothing of its objects, under the full name by which torch.load asks for it."""
-
-    def ignore(*args):
-        pass
-
-    module, _, kind = name.rpartition(".")
-    return type(kind, (), {"__module__": module, "__init__": ignore, "__setstate__": ignore})

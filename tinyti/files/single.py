@@ -7,36 +7,41 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Rules, describes, load_tensors, rename
-from .clip import TextConfig
-from .ldmbert import LDMBertConfig
-from .unet import UNetConfig
-from .vae import VAEConfig
+from ..networks.clip import TextConfig
+from ..networks.ldmbert import LDMBertConfig
+from ..networks.unet import UNetConfig
+from ..networks.vae import VAEConfig
+from .folder import Checkpoint, Part, Rules, rename
+from .tensors import explain_errors, read_tensors
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
 # What the original code of all three models does.
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
             "set_alpha_to_one": False, "prediction_type": "epsilon"}  # fmt: skip
 
 
-def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
+def read_single_file(path: Path, prediction: str | None = None) -> Checkpoint:
     """Read a single file; its vocabulary is the folder `tokenizer` beside it.
 
     `prediction` is what the UNet of a Stable Diffusion 2 file predicts, which the file does not tell.
     ValueError where the file is damaged, of another family, or Stable Diffusion 2 without `prediction`.
     """
-    weights = load_tensors(path)
-    with describes(path, "latent diffusion model"):
-        unet, vae, text = split(weights)
-        unet, vae = rename(unet, UNET), rename_vae(vae)
+    weights = read_tensors(path)
+    with explain_errors(path, "latent diffusion model"):
+        unet, vae, text = split_parts(weights)
+        unet, vae = rename(unet, UNET_RULES), rename_vae(vae)
         # Of all these models, Stable Diffusion 2 alone projects by matrices.
         sd2 = unet["mid_block.attentions.0.proj_in.weight"].ndim == 2
-        text, kind = read_text(text, sd2)
-        size = 32 if isinstance(kind, LDMBertConfig) else 96 if sd2 and prediction == "v_prediction" else 64
-        vae_config = VAEConfig(block_out_channels=widths(vae, "encoder.down_blocks"))
-        configs = unet_config(unet, sd2, size), vae_config, kind
-        parts = ((config, weights, path) for config, weights in zip(configs, (unet, vae, text)))
-        model = Checkpoint(*parts, dict(SCHEDULE), path, path.parent / "tokenizer")
+        text, text_config = read_text_transformer(text, sd2)
+        size = 64  # latents a side that the model was trained at
+        if isinstance(text_config, LDMBertConfig):
+            size = 32
+        elif sd2 and prediction == "v_prediction":
+            size = 96
+        vae_config = VAEConfig(block_out_channels=block_widths(vae, "encoder.down_blocks"))
+        parts = (unet_config(unet, sd2, size), unet), (vae_config, vae), (text_config, text)
+        parts = (Part(config, weights, path) for config, weights in parts)
+        model = Checkpoint(*parts, dict(SCHEDULER), path, path.parent / "tokenizer")
     if sd2 and prediction is None:
         hint = "epsilon for the 512-pixel base models, v_prediction for 768"
         raise ValueError(f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
@@ -44,12 +49,15 @@ def read_file(path: Path, prediction: str | None = None) -> Checkpoint:
     return model
 
 
-def split(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def split_parts(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The weights of UNet, VAE and text transformer, each without its prefix."""
-    parts = [{k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PREFIXES]
-    if not all(parts):
-        hint = "it is a part of a model, or, like Stable Diffusion XL, 3 and Flux, of another family"
-        raise ValueError(f"it has no {PREFIXES[parts.index({})]}* keys; {hint}")
+    parts = []
+    for prefix in PREFIXES:
+        part = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
+        if not part:
+            hint = "it is a part of a model, or, like Stable Diffusion XL, 3 and Flux, of another family"
+            raise ValueError(f"it has no {prefix}* keys; {hint}")
+        parts.append(part)
     # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
     for key in weights:
         if "." in key and not key.startswith((*PREFIXES, "model_ema.")):
@@ -60,23 +68,23 @@ def split(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def layer(place: int, kind: str) -> str:
-    """A layer's name: each resolution takes three places in a flat list, the last may be a downsampler's."""
+def layer_name(place: int, kind: str) -> str:
+    """The name of a UNet's layer: each resolution takes three places in a flat list, the last may be a downsampler's."""
     return f"{place // 3}.{'attentions' if kind == '1' else 'resnets'}.{place % 3}"
 
 
-UNET: Rules = [
+UNET_RULES: Rules = [
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
     (r"^out\.0\.", "conv_norm_out."),
     (r"^out\.2\.", "conv_out."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
     (r"^input_blocks\.(\d+)\.0\.op\.", lambda m: f"down_blocks.{int(m[1]) // 3 - 1}.downsamplers.0.conv."),
-    (r"^input_blocks\.(\d+)\.([01])\.", lambda m: f"down_blocks.{layer(int(m[1]) - 1, m[2])}."),
+    (r"^input_blocks\.(\d+)\.([01])\.", lambda m: f"down_blocks.{layer_name(int(m[1]) - 1, m[2])}."),
     (r"^middle_block\.1\.", "mid_block.attentions.0."),
     (r"^middle_block\.([02])\.", lambda m: f"mid_block.resnets.{int(m[1]) // 2}."),
     (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda m: f"up_blocks.{int(m[1]) // 3}.upsamplers.0.conv."),
-    (r"^output_blocks\.(\d+)\.([01])\.", lambda m: f"up_blocks.{layer(int(m[1]), m[2])}."),
+    (r"^output_blocks\.(\d+)\.([01])\.", lambda m: f"up_blocks.{layer_name(int(m[1]), m[2])}."),
     (r"\.in_layers\.0\.", ".norm1."),
     (r"\.in_layers\.2\.", ".conv1."),
     (r"\.emb_layers\.1\.", ".time_emb_proj."),
@@ -84,7 +92,7 @@ UNET: Rules = [
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.skip_connection\.", ".conv_shortcut."),
 ]
-VAE: Rules = [
+VAE_RULES: Rules = [
     (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
@@ -94,8 +102,8 @@ VAE: Rules = [
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 ]
-CLIP: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]  # a prefix or two
-OPENCLIP: Rules = [
+CLIP_RULES: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]  # a prefix or two
+OPENCLIP_RULES: Rules = [
     (r"^model\.", ""),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^token_embedding\.", "embeddings.token_embedding."),
@@ -107,7 +115,7 @@ OPENCLIP: Rules = [
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
 # Attention (even) and feed-forward (odd) alternate in a flat list, each behind its norm.
-LDMBERT: Rules = [
+LDMBERT_RULES: Rules = [
     (r"^transformer\.", "model."),
     (r"^model\.to_logits\.", "to_logits."),
     (r"^model\.token_emb\.", "model.embed_tokens."),
@@ -124,24 +132,26 @@ LDMBERT: Rules = [
 
 def rename_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The VAE's names; its decoder counts resolutions from the other end, its attention is convolutions."""
-    last = count(weights, r"decoder\.up\.(\d+)\.") - 1
+    last = count_numbers(weights, r"decoder\.up\.(\d+)\.") - 1
     weights = {re.sub(r"\.up\.(\d+)", lambda m: f".up.{last - int(m[1])}", k): w for k, w in weights.items()}
-    renamed = rename(weights, VAE).items()
+    renamed = rename(weights, VAE_RULES).items()
     return {key: w.flatten(1) if ".to_" in key and w.ndim == 4 else w for key, w in renamed}
 
 
-def read_text(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, TextConfig | LDMBertConfig]:
+def read_text_transformer(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, TextConfig | LDMBertConfig]:
     """The text transformer: the paper's or OpenCLIP's by its names, else CLIP's, of either family.
 
     A folder of Stable Diffusion 2 that was made a single file may have CLIP's names for OpenCLIP's weights.
     """
     if "transformer.token_emb.weight" in weights and not sd2:
-        weights = rename(weights, LDMBERT)
+        weights = rename(weights, LDMBERT_RULES)
         return weights, ldmbert_config(weights)
     openclip = "model.ln_final.weight" in weights
-    weights = rename(split_openclip(weights), OPENCLIP) if openclip else rename(weights, CLIP)
+    weights = rename(split_openclip(weights), OPENCLIP_RULES) if openclip else rename(weights, CLIP_RULES)
     config = text_config(weights, "gelu" if sd2 else "quick_gelu")
-    if (openclip and not sd2) or config.hidden_size == (768 if sd2 else 1024):
+    # Stable Diffusion 1 has CLIP's transformer of width 768, 2 has OpenCLIP's of 1024; miniatures are narrower.
+    of_the_other = 768 if sd2 else 1024
+    if config.hidden_size == of_the_other or (openclip and not sd2):
         raise ValueError(f"its text transformer (width {config.hidden_size}) is not the one of its UNet")
     return weights, config
 
@@ -160,20 +170,20 @@ def split_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- configurations ------------------------------------------------------------------------------------------
 
 
-def count(weights: dict[str, Tensor], pattern: str) -> int:
+def count_numbers(weights: dict[str, Tensor], pattern: str) -> int:
     """How many different numbers stand where the pattern's group is."""
     return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
 
 
-def widths(weights: dict[str, Tensor], blocks: str) -> tuple[int, ...]:
+def block_widths(weights: dict[str, Tensor], blocks: str) -> tuple[int, ...]:
     """Channels at each resolution."""
-    resolutions = range(count(weights, re.escape(blocks) + r"\.(\d+)\."))
+    resolutions = range(count_numbers(weights, re.escape(blocks) + r"\.(\d+)\."))
     return tuple(weights[f"{blocks}.{i}.resnets.0.conv1.weight"].shape[0] for i in resolutions)
 
 
 def unet_config(weights: dict[str, Tensor], sd2: bool, sample_size: int) -> UNetConfig:
     """What a UNet's shapes tell; heads are 8, or 64 channels each in Stable Diffusion 2."""
-    channels = widths(weights, "down_blocks")
+    channels = block_widths(weights, "down_blocks")
     attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in weights for i in range(len(channels))]
     return UNetConfig(
         in_channels=weights["conv_in.weight"].shape[1],
@@ -194,7 +204,7 @@ def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(weights, r"encoder\.layers\.(\d+)\."),
+        num_hidden_layers=count_numbers(weights, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=width // 64,
         hidden_act=activation,
     )
@@ -205,7 +215,7 @@ def ldmbert_config(weights: dict[str, Tensor]) -> LDMBertConfig:
     vocab_size, width = weights["model.embed_tokens.weight"].shape
     return LDMBertConfig(
         vocab_size=vocab_size,
-        encoder_layers=count(weights, r"model\.layers\.(\d+)\."),
+        encoder_layers=count_numbers(weights, r"model\.layers\.(\d+)\."),
         encoder_ffn_dim=weights["model.layers.0.fc1.weight"].shape[0],
         head_dim=weights["model.layers.0.self_attn.q_proj.weight"].shape[0] // 8,
         d_model=width,

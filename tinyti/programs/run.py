@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import cli, embeddings
-from .data import Photo, grid, to_image
-from .inversion import EVALUATE_EVERY, Inversion
-from .model import LatentDiffusion, sample
+from ..files.pictures import Photo, to_image
+from ..files.whole import atomic_write
+from ..files.words import write_words
+from ..inversion import EVALUATE_EVERY, Inversion
+from ..model import LatentDiffusion, sample
+from .miniature import ROOT, default_guidance
+from .sheet import draw_sheet
 
 FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
@@ -35,14 +38,15 @@ class Run:
     As a context it holds the folder against other runs, and saves the word if Ctrl-C ends the block.
     """
 
-    def __init__(self, args: argparse.Namespace, model: LatentDiffusion, word: Inversion,
+    def __init__(self, args: argparse.Namespace, model: LatentDiffusion, state: Inversion,
                  photos: list[Photo]):  # fmt: skip
         name = re.sub(r"[^\w-]", "", args.token) or "-".join(f"u{ord(c):x}" for c in args.token)
-        self.folder = Path(args.out or cli.ROOT / "words" / name)
-        self.args, self.model, self.word, self.photos = args, model, word, photos
+        self.folder = Path(args.out or ROOT / "words" / name)
+        self.args, self.model, self.state, self.photos = args, model, state, photos
         self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-        self.previews = {0: word.word}  # the vectors at PREVIEW_STEPS
+        self.previews = {0: state.vectors}  # the vectors at PREVIEW_STEPS
         self.rows = {}  # the pictures of them, drawn when they are first shown
+        self.handle = None  # of the locked folder
         if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
@@ -55,12 +59,12 @@ class Run:
         file = self.folder / "state.pt"
         if not file.is_file():
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
-        state = read_state(file)
-        pairs = [(name, repr(state["settings"].get(name)), repr(now)) for name, now in self.settings.items()]
+        saved = read_state(file)
+        pairs = [(name, repr(saved["settings"].get(name)), repr(now)) for name, now in self.settings.items()]
         if other := "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b):
             raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
-        self.word.load_state_dict(state["word"])
-        self.previews = {step: vectors.to(self.model.device) for step, vectors in state["previews"].items()}
+        self.state.load_state_dict(saved["word"])
+        self.previews = {step: vectors.to(self.model.device) for step, vectors in saved["previews"].items()}
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +81,12 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if kind is KeyboardInterrupt and self.word.step and self.word.is_finite():
+            if kind is KeyboardInterrupt and self.state.step and self.state.is_finite():
                 self.save(draw=False)
-                step = self.word.step
+                step = self.state.step
                 raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
         finally:
-            if hasattr(self, "handle"):
+            if self.handle is not None:
                 os.close(self.handle)
             with suppress(OSError):
                 self.folder.rmdir()  # if nothing has been written
@@ -90,32 +94,32 @@ class Run:
     def keep(self) -> None:
         """After each step: remember what is to be shown of it, and save every so often."""
         self._remember()
-        if self.word.step % self.args.save_every == 0 and self.word.is_finite():
+        if self.state.step % self.args.save_every == 0 and self.state.is_finite():
             self.save()
 
     def save(self, last: bool = False, draw: bool = True) -> None:
         """Write everything that the folder holds: the state first, then what shows it."""
         self._remember()  # Ctrl-C may have come before `keep`
-        word = self.word.state_dict()
+        state = self.state.state_dict()
         previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
-        state = {"settings": self.settings, "previews": previews, "word": word}
-        write_state(self.folder / "state.pt", state)
-        embeddings.write(self.folder / WORD_FILE, {self.args.token: self.word.word})
-        with embeddings.atomic_write(self.folder / "settings.json") as file:
+        saved = {"settings": self.settings, "previews": previews, "word": state}
+        write_state(self.folder / "state.pt", saved)
+        write_words(self.folder / WORD_FILE, {self.args.token: self.state.vectors})
+        with atomic_write(self.folder / "settings.json") as file:
             file.write(json.dumps(self.settings, indent=1).encode())
-        with embeddings.atomic_write(self.folder / "log.csv") as file:
+        with atomic_write(self.folder / "log.csv") as file:
             file.write(b"step,loss,evaluation,gradient,norm\n")
-            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(word["evaluations"])}
-            for step, (loss, gradient, norm) in enumerate(word["log"].tolist(), 1):
+            evaluations = {EVALUATE_EVERY * i: value for i, value in enumerate(state["evaluations"])}
+            for step, (loss, gradient, norm) in enumerate(state["log"].tolist(), 1):
                 file.write(f"{step},{loss},{evaluations.get(step, '')},{gradient},{norm}\n".encode())
         if draw:
-            with embeddings.atomic_write(self.folder / "progress.png") as file:
+            with atomic_write(self.folder / "progress.png") as file:
                 # A large sheet in half the time, for a fifth more bytes.
                 self.progress(last).save(file, format="PNG", compress_level=1)
 
     def _remember(self):
-        if self.word.step in PREVIEW_STEPS:
-            self.previews[self.word.step] = self.word.word
+        if self.state.step in PREVIEW_STEPS:
+            self.previews[self.state.step] = self.state.vectors
 
     def progress(self, last: bool) -> Image.Image:
         """A sheet of what the word was learned from, and of what it drew along the way."""
@@ -126,23 +130,23 @@ class Run:
         shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
         shown += [(f"step {step}", self.rows[step]) for step in self.previews]
         if last:
-            shown.append((f"step {self.word.step}, the word", self.pictures(self.word.word, prompts)))
-        return grid(shown, footer=prompts)
+            shown.append((f"step {self.state.step}, the word", self.pictures(self.state.vectors, prompts)))
+        return draw_sheet(shown, footer=prompts)
 
     def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
         """A picture for each prompt with these vectors, always from the same noise."""
-        self.word.show(vectors)
+        self.state.show(vectors)
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         settings = {"steps": 10, "sampler": "dpm++", "generator": generators, "size": self.args.size}
-        *_, x_0 = sample(self.model, prompts, guidance=cli.guidance(self.args.weights), **settings)
-        self.word.show(self.word.word)
+        *_, x_0 = sample(self.model, prompts, guidance=default_guidance(self.args.weights), **settings)
+        self.state.show(self.state.vectors)
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
 
 
-def write_state(file: Path, state: dict) -> None:
-    """Write what torch.load reads, and behind it the digest by which `read_state` knows it again."""
-    with embeddings.atomic_write(file) as stream:
-        torch.save(state, stream)
+def write_state(file: Path, saved: dict) -> None:
+    """torch.save, followed by a SHA-256 that `read_state` checks."""
+    with atomic_write(file) as stream:
+        torch.save(saved, stream)
         stream.write(_digest(stream.getvalue()))
 
 

@@ -1,26 +1,25 @@
 """Learned words on disk: reads every format in use for SD1, SD2 and LDM; writes two of them.
 
 A learned word is a name and n vectors of width D, the rows that take the word's place in an embedded prompt.
-`python -m tinyti.embeddings IN` shows what a file holds, `... IN OUT` converts it."""
+`python -m tinyti.convert IN` shows what a file holds, `... IN OUT` converts it."""
 
 import base64
 import io
 import json
-import os
 import re
-import sys
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from .tensors import UnsafePickleError, one_line, unpickle
+from .whole import atomic_write
 
 MODELS = {768: "SD1", 1024: "SD2", 1280: "LDM"}  # the model that a width belongs to
 MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
@@ -37,14 +36,14 @@ RESERVED = (*UNNAMED, "clip_g", "emp_params_out", "string_to_param", "__metadata
 PICTURES = (b"\x89PNG", b"RIFF", b"\xff\xd8\xff")  # RIFF is WebP
 
 
-def read(path: str | Path, width: int | None = None,
-         warn: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:  # fmt: skip
-    """Read the learned words in a file, or in a folder that train.py wrote: {word: (n, D)}, fp32, on the CPU.
+def read_words(path: str | Path, width: int | None = None,
+               warn: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:  # fmt: skip
+    """Read the learned words in a file, or in a folder that train.py wrote: {name: (n, D)}, fp32, on the CPU.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
-    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  A word that is no key of the file is
-    named after the file, as in AUTOMATIC1111; `warn` is told of another name inside.  A pickle never gets to
-    run code.  `width` is the D of the model that the words are for, if there is one.
+    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  Formats that store no name take the
+    file's, as in AUTOMATIC1111; `warn` hears if the file disagrees.  The code of a pickle never runs.
+    `width` is the D of the model that the words are for, if there is one.
 
     FileNotFoundError if there is no such file, or the folder holds no `learned_embeds`; ValueError for what
     is no learned word for these models, or has another width.
@@ -57,11 +56,11 @@ def read(path: str | Path, width: int | None = None,
         raise _refusal(file, f"tensors of the widths {widths}")
     if width is not None and widths != [width]:
         advice = "a word works only with the model it was learned for"
-        raise _refusal(file, f"vectors of width {_model(widths[0])}", f"{_model(width)}, the model's", advice)
+        raise _refusal(file, f"vectors of width {name_width(widths[0])}", f"{name_width(width)}, the model's", advice)
     return words
 
 
-def write(path: str | Path, words: dict[str, Tensor]) -> None:
+def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
     """Write words {name: (n, D) or (D,)}, as fp32, atomically, and the same words always to the same bytes.
 
     `.safetensors` is diffusers' form: the key is the word; one vector is [D], several are [n, D].  diffusers
@@ -87,30 +86,6 @@ def write(path: str | Path, words: dict[str, Tensor]) -> None:
         else:
             [(word, vectors)] = words.items()
             _save_pt(word, vectors, stream)
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
-    """Write a file whole or not at all: what the block writes into the stream takes the place of `path`.
-
-    The stream is memory, as not every library survives a full disk; at the block's end its bytes are written
-    to `.NAME.tmp`, which is renamed.  After a failure the file is as it was before.  OSError if the folder is
-    missing, not writable or full.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"No such folder: {_one_line(path.parent)}")
-    stream = io.BytesIO()
-    yield stream
-    try:
-        with open(temporary, "wb") as file:
-            file.write(stream.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_name(word: str) -> None:
@@ -153,11 +128,12 @@ def _save_pt(word: str, vectors: Tensor, stream: io.BytesIO) -> None:
 
 def _find(path: Path) -> Path:
     """The file that `path` means, not opened yet."""
-    names = ("learned_embeds.safetensors", "learned_embeds.bin") if path.is_dir() else ("",)
-    file = next((path / name for name in names if (path / name).is_file()), None)
+    names = ("learned_embeds.safetensors", "learned_embeds.bin")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
-        found = f"{path / names[0]} is missing, or is a device or a pipe"
-        raise FileNotFoundError(_one_line(f"{found}; give a word's file, or the folder that train.py wrote"))
+        found = f"{files[0]} is missing, or is a device or a pipe"
+        raise FileNotFoundError(one_line(f"{found}; give a word's file, or the folder that train.py wrote"))
     # diffusers writes an SDXL word as a pair of files, each of which looks like a word of SD1 or LDM
     second = file.with_name(file.name.replace("learned_embeds", "learned_embeds_2", 1))
     if file.name.startswith("learned_embeds_2") or (second != file and second.exists()):
@@ -178,11 +154,9 @@ def _load(file: Path):
             warnings.simplefilter("ignore")  # on old pickles and large pictures
             return _parse(data)
     except Exception as error:  # there is hardly a kind that damaged bytes do not raise
-        found, advice = "a damaged or unknown file", "fetch it again"
-        if call := isinstance(error, UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
-            found = f"a pickle that would call {call[1]}, which was not run"
-            advice = "ask for a .safetensors file"
-        raise _refusal(file, found, advice=advice) from error
+        if isinstance(error, UnsafePickleError):
+            raise _refusal(file, f"a pickle: {error}", advice="ask for a .safetensors file") from error
+        raise _refusal(file, "a damaged or unknown file", advice="fetch it again") from error
 
 
 def _parse(data: bytes):
@@ -205,8 +179,7 @@ def _parse(data: bytes):
             words[contents["name"]] = words.pop("*")  # of a picture it is the name inside that counts
         return {"string_to_param": words}
 
-    with torch.serialization.safe_globals([nn.ParameterDict]):  # which the official files hold
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return unpickle(data)
 
 
 def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
@@ -221,7 +194,7 @@ def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, 
         inner = contents.get("name")
         if isinstance(inner, str) and inner not in ("", name):
             note = f"{file}: the word is {name}, after the file, as in AUTOMATIC1111; inside it is {inner}"
-            warn(_one_line(note))
+            warn(one_line(note))
         contents = contents["string_to_param"]
         if isinstance(contents, nn.ParameterDict):
             # items() fails on what torch <= 1.11 wrote; the tensors of old and new files are here
@@ -265,55 +238,9 @@ def _is_name(word) -> bool:
 
 def _refusal(file: Path, found: str, expected: str = WORD, advice: str = "") -> ValueError:
     message = f"{file}: found {found:.200}; expected {expected}" + (f"; {advice}" if advice else "")
-    return ValueError(_one_line(message))
+    return ValueError(one_line(message))
 
 
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def _model(width: int) -> str:
+def name_width(width: int) -> str:
+    """A width, and the model that it belongs to."""
     return f"{width} ({MODELS[width]})" if width in MODELS else str(width)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for whatever was refused."""
-    from . import cli  # only here: files are read and written without a model
-
-    parser = cli.Parser("Show or convert learned words.")
-    parser.prog = "python -m tinyti.embeddings"
-    parser.add_argument("IN", help="a word's file, or the folder that train.py wrote")
-    parser.add_argument("OUT", nargs="?", help="write this .safetensors (diffusers) or .pt (AUTOMATIC1111)")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
-    parser.add_argument("--weights", help="the words' model, to show the nearest vocabulary words too")
-    return cli.run("tinyti.embeddings", lambda: _convert(parser.parse_args(arguments)))
-
-
-def _convert(options) -> int:
-    """Show the words of IN, and write them to OUT."""
-    import tinyti
-
-    if options.OUT and Path(options.OUT).exists() and not options.force:
-        raise ValueError(f"{options.OUT} exists; give another name, or --force to overwrite it")
-    model = tinyti.load(options.weights) if options.weights else None
-    notes = []
-    words = read(options.IN, model.text.table.shape[1] if model else None, notes.append)
-    if options.OUT:
-        write(options.OUT, words)
-        notes += filter(None, (compatibility_warning(word, len(v)) for word, v in words.items()))
-    for word, vectors in words.items():
-        norms = " ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
-        print(f"{word}: {len(vectors)} x {_model(vectors.shape[1])}, norm {norms}")
-        if model:
-            concept, token = tinyti.Concept(word, vectors, [*range(len(vectors))]), model.tokenizer.token
-            for row in concept.nearest(model.text.table, among=model.tokenizer.word_ids()):
-                print("  near " + ", ".join(f"{token(id)} {cosine:.2f}" for id, cosine in row))
-    if options.OUT:
-        print(f"written to {options.OUT}")
-    for note in notes:
-        print(f"WARNING: {note}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

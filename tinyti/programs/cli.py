@@ -1,4 +1,4 @@
-"""What the command lines share: the model's flags, types of arguments, and errors in one line."""
+"""What the command lines share: the model's flags, the device, types of arguments, and errors in one line."""
 
 import argparse
 import io
@@ -10,13 +10,12 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from .model import LatentDiffusion, load, pick_device
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "weights" / "tiny"
-GUIDANCE = 3.0  # of the miniature's pictures: with more, its judge takes fewer of them for the one
+from ..files.tensors import one_line
+from ..model import LatentDiffusion, load
+from .miniature import TINY
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,8 +34,8 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """The type of an argument: a finite number from `low` to `high`, a whole one if `kind` is int."""
+def number_type(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """The type of a flag: a finite number from `low` to `high`, a whole one if `kind` is int."""
 
     def convert(text):
         try:
@@ -51,15 +50,15 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
     return convert
 
 
-def text(given: str) -> str:
-    """The type of an argument: not blank, without control characters, and what Unicode can write."""
+def text_type(given: str) -> str:
+    """The type of a flag: not blank, without control characters, and what Unicode can write."""
     if not given.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
         raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank or has characters that are no text")
     return given
 
 
-def path(given: str) -> str:
-    """The type of an argument: not blank, and if it is there, a file or a folder; no pipe and no device."""
+def path_type(given: str) -> str:
+    """The type of a flag: not blank, and if it is there, a file or a folder; no pipe and no device."""
     if not given.strip() or "\0" in given:
         raise argparse.ArgumentTypeError(f"{given[:40]!a} is no path")
     if os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given)):
@@ -67,19 +66,42 @@ def path(given: str) -> str:
     return given
 
 
-SEED = number(0, 2**32 - 1, int)
+SEED = number_type(0, 2**32 - 1, int)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, and where it is computed."""
     add = parser.add_argument_group("the model and the machine").add_argument
-    add("--weights", type=path, default=str(TINY), metavar="PATH",
+    add("--weights", type=path_type, default=str(TINY), metavar="PATH",
         help="model folder or single file, see weights/README.md")  # fmt: skip
-    add("--tokenizer", type=path, metavar="FOLDER", help="for a single file that has none beside it")
+    add("--tokenizer", type=path_type, metavar="FOLDER", help="for a single file that has none beside it")
     add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
     add("--precision", choices=("fp32", "bf16", "fp16"),
         help="of the networks; by default bf16 on GPUs that have it, else fp32")  # fmt: skip
+
+
+def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str, torch.dtype]:
+    """Turn --device and --precision into a device and a dtype of the networks.
+
+    "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
+    it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
+    """
+    count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    there = [kind for kind in count if count[kind]]
+    name = there[0] if device == "auto" else device
+    is_cuda = name.startswith("cuda")
+    if is_cuda and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
+        raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
+                         "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
+    if is_cuda and ":" in name:
+        torch.cuda.set_device(name)
+    if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
+        native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
@@ -88,17 +110,7 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
     return load(args.weights, device, dtype, args.prediction, args.tokenizer)
 
 
-def is_tiny(weights: str) -> bool:
-    """Whether these weights are the bundled miniature."""
-    return Path(weights).resolve() == TINY
-
-
-def guidance(weights: str) -> float:
-    """How strong guidance is by default: on the miniature as its judge likes it, else diffusers' 7.5."""
-    return GUIDANCE if is_tiny(weights) else 7.5
-
-
-def shown(path: str | Path) -> Path:
+def short_path(path: str | Path) -> Path:
     """A path as the user would write it here."""
     path, here = Path(path).resolve(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
@@ -115,13 +127,7 @@ def say(message: str) -> None:
         tqdm.write(one_line(message), file=sys.stderr)
 
 
-def one_line(message: object) -> str:
-    """A message without line breaks, which a file's name may hold, and of a length that one reads."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= 1000 else line[:1000] + " ..."
-
-
-def run(program: str, function: Callable[[], int]) -> int:
+def run_program(program: str, function: Callable[[], int]) -> int:
     """Call function() -> exit status; bad input is one line and status 2, Ctrl-C one line and 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run

@@ -1,14 +1,13 @@
-"""From a folder of photos to what the training loop takes: images in [-1, 1] and prompts with the word."""
+"""Pictures: files of photos, masks and captions, PIL images, and tensors in [-1, 1]."""
 
 import struct
-import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
@@ -33,7 +32,7 @@ class Photo(NamedTuple):
     caption: str | None
 
 
-def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
+def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
     `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored, other files and damaged pictures are
@@ -56,7 +55,7 @@ def read_folder(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
             passed_over.append(" ".join(str(error).splitlines()))
         else:
             caption = file.with_suffix(".txt")
-            text = " ".join(_read_text(caption).split()) if caption.is_file() else ""
+            text = " ".join(read_text(caption).split()) if caption.is_file() else ""
             photos.append(Photo(file, pixels, text or None))
     if not photos:
         found = "; ".join(passed_over[:3]) or "nothing"
@@ -117,75 +116,8 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
-def grid(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> Image.Image:
-    """A sheet of pictures of one size: a label before each row, a caption under each column."""
-    font = ImageFont.load_default(size=12)
-    pictures = [image for _, images in rows for image in images]
-    enlarged = max(1, 128 // pictures[0].width)  # small ones are shown pixel by pixel
-    width, height = (enlarged * side for side in pictures[0].size)
-    columns, gap, margin = max(len(images) for _, images in rows), 4, 130
-    captions = ["\n".join(textwrap.wrap(caption, width // 7)) for caption in footer]
-    foot = 16 * max((caption.count("\n") + 1 for caption in captions), default=0)
-    sheet = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap) + foot), "white")
-    pen = ImageDraw.Draw(sheet)
-    for r, (label, images) in enumerate(rows):
-        top = r * (height + gap)
-        pen.text((8, top + 8), "\n".join(textwrap.wrap(label, 18)), "black", font)
-        for c, image in enumerate(images):
-            image = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (margin + c * (width + gap), top))
-    for c, caption in enumerate(captions):
-        pen.text((margin + c * (width + gap), len(rows) * (height + gap)), caption, "black", font)
-    return sheet
-
-
-# The 27 neutral templates in the paper's supplement.
-OBJECT_TEMPLATES = (
-    "a photo of a {}", "a photo of the {}", "the photo of a {}", "a photo of my {}", "a photo of one {}",
-    "a photo of a clean {}", "a photo of the clean {}", "a photo of a dirty {}", "a photo of a cool {}",
-    "a photo of the cool {}", "a photo of a nice {}", "a photo of the nice {}", "a photo of a small {}",
-    "a photo of the small {}", "a photo of the large {}", "a photo of the weird {}", "a good photo of a {}",
-    "a good photo of the {}", "a cropped photo of a {}", "a cropped photo of the {}",
-    "a close-up photo of a {}", "a close-up photo of the {}", "a bright photo of the {}",
-    "a dark photo of the {}", "a rendition of a {}", "a rendition of the {}", "a rendering of a {}",
-)  # fmt: skip
-
-# Those for a style, from the official code, where two stand twice and so are drawn twice as often.
-STYLE_TEMPLATES = tuple(f"{picture} in the style of {{}}" for picture in (
-    "a painting", "the painting", "a picture", "a rendering", "a rendition", "a clean painting",
-    "a dirty painting", "a dark painting", "a bright painting", "a cool painting", "a nice painting",
-    "a good painting", "a small painting", "a large painting", "a weird painting", "a cropped painting",
-    "a cropped painting", "a close-up painting", "a close-up painting",
-))  # fmt: skip
-
-
-def read_templates(file: str | Path) -> list[str]:
-    """Prompt templates from a text file: one per line, `{}` for the word; blank and `#` lines are skipped.
-
-    OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
-    """
-    lines = [line.strip() for line in _read_text(Path(file)).splitlines()]
-    templates = [line for line in lines if line and not line.startswith("#")]
-    if without := next((line for line in templates if "{}" not in line), None):
-        number = lines.index(without) + 1
-        raise ValueError(f"{file}, line {number}: '{without}' has no {{}} for the word")
-    if not templates:
-        raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
-    return templates
-
-
-def prompt(template: str, word: str, caption: str | None = None) -> str:
-    """A template with the word in it, and the picture's caption if it has one.
-
-    A caption with `{}` in it is a template itself and replaces the drawn one; another is put behind it, as
-    AUTOMATIC1111's template "a photo of a [name], [filewords]" does.
-    """
-    if caption:
-        template = caption if "{}" in caption else f"{template}, {caption}"
-    return template.replace("{}", word)
-
-
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text in a UTF-8 file; ValueError for another encoding."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

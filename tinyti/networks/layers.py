@@ -26,8 +26,8 @@ def embedding(count: int, dim: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
 
 
-def divisor(heads: int, dim: int) -> int:
-    """The number of heads, if it divides the width that they share; else ValueError."""
+def check_heads(heads: int, dim: int) -> int:
+    """Return the number of heads if it divides the width that they share; else raise ValueError."""
     if dim % heads:
         raise ValueError(f"{heads} heads do not divide a width of {dim}")
     return heads
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
-        self.heads = divisor(heads, dim)
+        self.heads = check_heads(heads, dim)
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)

@@ -1,0 +1,110 @@
+"""Photos and prompts to batches: what the training loop takes."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from .diffusion import copy_to, randn
+from .files.pictures import Photo, read_text
+from .model import LatentDiffusion
+
+
+class Examples(NamedTuple):
+    """What a word is learned from: the latents of its pictures, and the prompts for each of them."""
+
+    mean: Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
+    std: Tensor
+    prompts: list[list[str]]  # for each picture, one per template
+
+
+class Batch(NamedTuple):
+    """The samples of one step, on the model's device."""
+
+    x_0: Tensor  # latents (B, C, h, w)
+    eps: Tensor  # the noise to predict, (B, C, h, w)
+    t: Tensor  # timesteps (B,)
+    ids: Tensor  # prompts as token ids (B, T)
+
+
+@torch.no_grad()
+def make_examples(model: LatentDiffusion, name: str, photos: list[Photo], templates, flip=True) -> Examples:
+    """Encode the photos once, both ways round unless `flip` is false, and put the word into the templates."""
+    images = torch.stack([photo.pixels for photo in photos])  # (N, 3, H, W)
+    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
+    moments = [model.encode_moments(view) for view in views]  # a photo at a time
+    mean, std = (torch.stack(part).float() for part in zip(*moments))
+    return Examples(mean, std, [[fill_template(t, name, photo.caption) for t in templates] for photo in photos])
+
+
+def draw_batch(model: LatentDiffusion, examples: Examples, size: int, generator: Generator,
+               span: tuple[float, float] = (0, 1), quantiles: Tensor | None = None) -> Batch:  # fmt: skip
+    """Draw a picture, a flip, a prompt, a timestep and noise for each of `size` samples.
+
+    span: the part of the timesteps, from 0 to 1, that is drawn from; quantiles (B,) in it, instead of random ones.
+    """
+    pictures, flips, *shape = examples.mean.shape
+    i = torch.randint(pictures, (size,), generator=generator)
+    j = torch.randint(flips, (size,), generator=generator)
+    k = torch.randint(len(examples.prompts[0]), (size,), generator=generator)
+    u = torch.rand(size, generator=generator)
+    z, eps = (copy_to(randn((size, *shape), generator), model.device) for _ in range(2))
+    view = copy_to(i * flips + j, model.device)
+    mean, std = examples.mean.flatten(0, 1)[view], examples.std.flatten(0, 1)[view]
+    prompts = [examples.prompts[picture][prompt] for picture, prompt in zip(i.tolist(), k.tolist())]
+    t = timestep_at(model, u if quantiles is None else quantiles, span)
+    return Batch(mean + std * z, eps, t, model.tokenize(prompts))
+
+
+def timestep_at(model: LatentDiffusion, u: Tensor, span: tuple[float, float]) -> Tensor:
+    """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
+    (low, high), T = span, model.schedule.num_train_timesteps
+    t = ((low + (high - low) * u.double()) * T).long().clamp(max=T - 1)
+    return copy_to(t, model.device)
+
+
+# The 27 neutral templates in the paper's supplement.
+OBJECT_TEMPLATES = (
+    "a photo of a {}", "a photo of the {}", "the photo of a {}", "a photo of my {}", "a photo of one {}",
+    "a photo of a clean {}", "a photo of the clean {}", "a photo of a dirty {}", "a photo of a cool {}",
+    "a photo of the cool {}", "a photo of a nice {}", "a photo of the nice {}", "a photo of a small {}",
+    "a photo of the small {}", "a photo of the large {}", "a photo of the weird {}", "a good photo of a {}",
+    "a good photo of the {}", "a cropped photo of a {}", "a cropped photo of the {}",
+    "a close-up photo of a {}", "a close-up photo of the {}", "a bright photo of the {}",
+    "a dark photo of the {}", "a rendition of a {}", "a rendition of the {}", "a rendering of a {}",
+)  # fmt: skip
+
+# Those for a style, from the official code, where two stand twice and so are drawn twice as often.
+STYLE_TEMPLATES = tuple(f"{picture} in the style of {{}}" for picture in (
+    "a painting", "the painting", "a picture", "a rendering", "a rendition", "a clean painting",
+    "a dirty painting", "a dark painting", "a bright painting", "a cool painting", "a nice painting",
+    "a good painting", "a small painting", "a large painting", "a weird painting", "a cropped painting",
+    "a cropped painting", "a close-up painting", "a close-up painting",
+))  # fmt: skip
+
+
+def read_templates(file: str | Path) -> list[str]:
+    """Prompt templates from a text file: one per line, `{}` for the word; blank and `#` lines are skipped.
+
+    OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
+    """
+    lines = [line.strip() for line in read_text(Path(file)).splitlines()]
+    templates = [line for line in lines if line and not line.startswith("#")]
+    if without := next((line for line in templates if "{}" not in line), None):
+        number = lines.index(without) + 1
+        raise ValueError(f"{file}, line {number}: '{without}' has no {{}} for the word")
+    if not templates:
+        raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
+    return templates
+
+
+def fill_template(template: str, name: str, caption: str | None = None) -> str:
+    """A template with the word in it, and the picture's caption if it has one.
+
+    A caption with `{}` in it is a template itself and replaces the drawn one; another is put behind it, as
+    AUTOMATIC1111's template "a photo of a [name], [filewords]" does.
+    """
+    if caption:
+        template = caption if "{}" in caption else f"{template}, {caption}"
+    return template.replace("{}", name)

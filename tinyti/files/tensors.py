@@ -1,0 +1,101 @@
+"""Reading tensors from files of strangers: no code of a pickle runs, and every failure is one line."""
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+SUPPORTED = "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM text2img model, and weights/tiny"
+
+# Packages whose objects training leaves in a .ckpt file beside the weights; empty stubs take their places.
+BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
+
+
+def one_line(message: object) -> str:
+    """A message in one line of at most 1,000 characters; line breaks and control characters are made visible."""
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= 1000 else line[:1000] + " ..."
+
+
+@contextmanager
+def explain_errors(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterator[None]:
+    """Turn every error of the block, which makes the contents of `path` into `what`, into a ValueError of one line.
+
+    Damaged files make their readers raise almost anything, so we catch everything.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        found = f"{path} does not describe a {what} ({' '.join(found.split()):.500}); {hint}"
+        raise ValueError(one_line(found)) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .bin or .ckpt file, mapped into memory; a pickle's code never runs.
+
+    ValueError if it is damaged, holds something else, or is not a regular file.
+    """
+    with explain_errors(path, "file of weights", "download it again, or as .safetensors"):
+        if not path.is_file():  # a device or a pipe may never end
+            raise ValueError("it is no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's on odd pickles
+            contents = load_file(path) if path.suffix == ".safetensors" else unpickle(path)
+        if isinstance(contents, dict):
+            contents = contents.get("state_dict", contents)
+        entries = contents.items() if isinstance(contents, dict) else ()
+        weights = {str(key): tensor.detach() for key, tensor in entries if torch.is_tensor(tensor)}
+        if not weights:
+            raise ValueError("it holds no dictionary of tensors")
+        for name, w in weights.items():
+            if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized:
+                raise ValueError(f"{name!r:.200} is sparse, quantised or without numbers")
+    return weights
+
+
+class UnsafePickleError(ValueError):
+    """A pickle that would call a function by this name; it was not called."""
+
+
+def unpickle(source: Path | bytes):
+    """What torch.save wrote into a file or into bytes: tensors and plain containers; code never runs.
+
+    Objects of BOOKKEEPING packages are read as empty stubs.  UnsafePickleError for any other object.
+    """
+
+    def stream():
+        return io.BytesIO(source) if isinstance(source, bytes) else source
+
+    zipped = zipfile.is_zipfile(stream())  # files from before torch 1.6 are not, and cannot be mapped
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(stream()) if zipped else []
+    stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
+    try:
+        # The official files of words hold an nn.ParameterDict.
+        with torch.serialization.safe_globals([*stubs, nn.ParameterDict]):
+            mmap = zipped and isinstance(source, Path)
+            return torch.load(stream(), map_location="cpu", weights_only=True, mmap=mmap)
+    except UnpicklingError as error:  # whose text advises to run the file's code
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        if call:
+            raise UnsafePickleError(f"it would call {call[1]}, which was not run") from None
+        raise ValueError("it is damaged") from None
+
+
+def _stub(name):
+    """A class that keeps nothing of its objects, under the full name by which torch.load asks for it."""
+
+    def ignore(*args):
+        pass
+
+    module, _, kind = name.rpartition(".")
+    return type(kind, (), {"__module__": module, "__init__": ignore, "__setstate__": ignore})

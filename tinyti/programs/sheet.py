@@ -1,0 +1,27 @@
+"""A sheet of pictures with labels: progress.png, grid.png, attention.png and the notebooks' figures."""
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def draw_sheet(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> Image.Image:
+    """A sheet of pictures of one size: a label before each row, a caption under each column."""
+    font = ImageFont.load_default(size=12)
+    pictures = [image for _, images in rows for image in images]
+    enlarged = max(1, 128 // pictures[0].width)  # small ones are shown pixel by pixel
+    width, height = (enlarged * side for side in pictures[0].size)
+    columns, gap, margin = max(len(images) for _, images in rows), 4, 130
+    captions = ["\n".join(textwrap.wrap(caption, width // 7)) for caption in footer]
+    foot = 16 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    sheet = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap) + foot), "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, (label, images) in enumerate(rows):
+        top = r * (height + gap)
+        pen.text((8, top + 8), "\n".join(textwrap.wrap(label, 18)), "black", font)
+        for c, image in enumerate(images):
+            image = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + c * (width + gap), top))
+    for c, caption in enumerate(captions):
+        pen.text((margin + c * (width + gap), len(rows) * (height + gap)), caption, "black", font)
+    return sheet
