@@ -5,6 +5,7 @@ import re
 import sys
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tinyti.files.pictures import read_image, to_image, to_tensor
 from tinyti.files.whole import atomic_write
 from tinyti.files.words import read_words
 from tinyti.programs import cli
+from tinyti.programs.cli import number_type, path_type, text_type
 from tinyti.programs.miniature import GUIDANCE, default_guidance
 from tinyti.programs.sheet import draw_sheet
 
@@ -29,33 +31,35 @@ def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("prompts", nargs="+", type=cli.text_type, metavar="PROMPT", help="what to draw, with learned words")
+    add("prompts", nargs="+", type=text_type, metavar="PROMPT", help="what to draw, with learned words")
     add = parser.add_argument_group("what to draw with").add_argument
-    add("--words", nargs="+", type=cli.path_type, default=[], metavar="[NAME=]PATH",
+    add("--words", nargs="+", type=path_type, default=[], metavar="[NAME=]PATH",
         help="folders of train.py, or files of any kind in use; NAME= renames the word")  # fmt: skip
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
-    add("--steps", type=cli.number_type(1, 10**5, int), default=50, help="more are slower and, to a point, better")
-    add("--guidance", type=cli.number_type(0, 100),
+    add("--steps", type=number_type(1, 10**5, int), default=50,
+        help="more are slower and, up to a point, better")  # fmt: skip
+    add("--guidance", type=number_type(0, 100),
         help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
              f"by default {GUIDANCE:g} with the miniature, else 7.5")  # fmt: skip
-    add("--eta", type=cli.number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
-    add("--size", type=cli.number_type(1, 4096, int), nargs="+", metavar="PIXELS",
+    add("--eta", type=number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
+    add("--size", type=number_type(1, 4096, int), nargs="+", metavar="PIXELS",
         help="side, or height and width; by default what the model was trained on")  # fmt: skip
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
-    add("--image", type=cli.path_type, metavar="FILE", help="picture to redraw, its middle square")
-    add("--mask", type=cli.path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
-    add("--strength", type=cli.number_type(0, 1), default=0.7, help="share of the steps that --image goes through")
+    add("--image", type=path_type, metavar="FILE", help="picture to redraw, its middle square")
+    add("--mask", type=path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
+    add("--strength", type=number_type(0, 1), default=0.7,
+        help="share of the steps that --image goes through")  # fmt: skip
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--count", type=cli.number_type(1, 10**4, int), default=4, help="pictures per prompt")
+    add("--count", type=number_type(1, 10**4, int), default=4, help="pictures per prompt")
     add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
     add("--attention", action="store_true", help="draw in attention.png where the learned words act")
-    add("--out", type=cli.path_type, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
+    add("--out", type=path_type, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
     add("--force", action="store_true", help="replace pictures that are there")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
@@ -74,7 +78,8 @@ def draw_pictures(args):
     """All pictures, a batch after another: -> exit status."""
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
     files = [[picture_file(out, *prompt, seed) for seed in seeds] for prompt in enumerate(args.prompts, 1)]
-    refuse_to_replace([*sum(files, []), out / "grid.png", out / "attention.png"], args.force)
+    sheet, attention = out / "grid.png", out / "attention.png"
+    refuse_to_replace([*chain(*files), sheet, attention], args.force)
 
     model = cli.load_model(args)
     add_words(model, args.words)
@@ -94,9 +99,9 @@ def draw_pictures(args):
                 pictures += drawn
             rows.append((prompt, pictures))
             maps += [(f"{word} in: {prompt}", overlays) for word, overlays in heat.items()]
-    save(draw_sheet(rows), out / "grid.png", painter.settings)
+    save(draw_sheet(rows), sheet, painter.settings)
     if args.attention:
-        save(draw_sheet(maps), out / "attention.png", painter.settings)
+        save(draw_sheet(maps), attention, painter.settings)
     print(f"{len(rows) * args.count} pictures and grid.png in {cli.short_path(out)}")
     return 0
 
@@ -139,17 +144,21 @@ class Painter:
             mask = read_image(args.mask)
             if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
                 found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
-                raise ValueError(f"--mask has {found}, --image {expected}; their sides must have the same ratio")
-            mask = to_mask(mask, self.size[0], feather=self.model.vae.factor // 2)  # a seam as wide as a latent
+                hint = "their sides must have the same ratio"
+                raise ValueError(f"--mask has {found}, --image {expected}; {hint}")
+            feather = self.model.vae.factor // 2  # the seam is as wide as a latent
+            mask = to_mask(mask, self.size[0], feather)
             self.settings |= {"mask": Path(args.mask).name}
             self.walk = partial(in_region, image=image, mask=mask, strength=args.strength)
             self.decode = lambda x_0: paste(image, self.model.decode(x_0), mask)
 
     def draw(self, prompt, seeds, heat, after_step):
-        """A picture for each seed; where the words in `heat` act is added to their lists there, as pictures."""
+        """A picture for each seed; to the list of each word in `heat`, where it acts in them."""
         prompts, generators = [prompt] * len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds]
         with ExitStack() as stack:
-            maps = {word: stack.enter_context(attention_maps(self.model, prompts, word, self.size)) for word in heat}
+            maps = {}
+            for word in heat:
+                maps[word] = stack.enter_context(attention_maps(self.model, prompts, word, self.size))
             for x_0 in self.walk(self.model, prompts, generator=generators, **self.options):  # noqa: B007
                 after_step()
         drawn = self.decode(x_0)

@@ -5,4 +5,6 @@ from .examples import make_examples
 from .inversion import Inversion, invert
 from .model import LatentDiffusion, load, load_clip, sample
 
-__all__ = ["Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "make_examples", "sample"]
+__all__ = [
+    "Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "make_examples", "sample",
+]  # fmt: skip

@@ -39,8 +39,9 @@ class Schedule:
     def __post_init__(self):
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.100}; supported are {', '.join(choices)}")
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r:.100}; supported are {', '.join(choices)}")
         if not 0 < start <= end < 1:
             raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they rise, between 0 and 1")
         if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):

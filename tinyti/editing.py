@@ -1,7 +1,7 @@
 """Begin with a given picture: redraw all of it or a region, find its noise, see where a word acts.
 
-`image` is (3, H, W) in [-1, 1] for all prompts, or (B, 3, H, W) with one for each (to_tensor of files/pictures.py); the
-generators yield latents after each step, the last of which `model.decode` turns into pictures."""
+`image` is (3, H, W) in [-1, 1] for all prompts, or (B, 3, H, W) with one for each (`to_tensor`).
+The generators yield latents after each step; `model.decode` turns the last of them into pictures."""
 
 import math
 from collections.abc import Iterator

@@ -35,14 +35,16 @@ def make_examples(model: LatentDiffusion, name: str, photos: list[Photo], templa
     views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
     moments = [model.encode_moments(view) for view in views]  # a photo at a time
     mean, std = (torch.stack(part).float() for part in zip(*moments))
-    return Examples(mean, std, [[fill_template(t, name, photo.caption) for t in templates] for photo in photos])
+    prompts = [[fill_template(t, name, photo.caption) for t in templates] for photo in photos]
+    return Examples(mean, std, prompts)
 
 
 def draw_batch(model: LatentDiffusion, examples: Examples, size: int, generator: Generator,
                span: tuple[float, float] = (0, 1), quantiles: Tensor | None = None) -> Batch:  # fmt: skip
     """Draw a picture, a flip, a prompt, a timestep and noise for each of `size` samples.
 
-    span: the part of the timesteps, from 0 to 1, that is drawn from; quantiles (B,) in it, instead of random ones.
+    span: the part of the timesteps, from 0 to 1, that is drawn from.  quantiles (B,): fixed places in the
+    span, instead of random ones.
     """
     pictures, flips, *shape = examples.mean.shape
     i = torch.randint(pictures, (size,), generator=generator)

@@ -1,4 +1,4 @@
-"""CUDA graphs: a GPU launches all kernels of a function at once.  Elsewhere the function is called as it is."""
+"""CUDA graphs: a GPU launches all kernels of a function at once; elsewhere the function is just called."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -3,7 +3,7 @@ model predicts the noise in pictures of a thing from prompts that name it.  Equa
 
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 
-On a CPU the same settings give the same bytes (several threads may round single samples of 16 pixels otherwise).
+On a CPU the same settings give the same bytes (except single samples of 16 pixels on several threads).
 On a GPU the last digits differ, because attention sums its gradients in no fixed order."""
 
 import math
@@ -47,9 +47,9 @@ class Point(NamedTuple):
 class Inversion:
     """The state of a word while it is learned; `invert` takes it from step to step.
 
-    Each step sees only a few samples, so the path is noisy.  The word is its running average, and that is what
-    prompts use (`concept`).  `evaluations` are the losses on the fixed batch, from step 0 on; `log` has each
-    step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
+    Each step sees only a few samples, so the path is noisy.  The word is its running average, and that is
+    what prompts use (`concept`).  `evaluations` are the losses on the fixed batch, from step 0 on; `log` has
+    each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
     """
 
     def __init__(self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened",
@@ -155,15 +155,16 @@ def losses(model: LatentDiffusion, batch: Batch, vectors: dict[str, Tensor] | No
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
-def losses_and_gradients(model: LatentDiffusion, name: str, vectors: Tensor, x_0: Tensor, eps: Tensor, t: Tensor,
-                         ids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def losses_and_gradients(
+    model: LatentDiffusion, name: str, scale: Tensor, vectors: Tensor, *batch: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each sample's loss, (B,), and its gradient in the sample's own copy of the vectors, (B, n, D).
 
-    One backward pass gives all of them, because every sample has its own copy.  `scale`: a number that the loss
-    is multiplied by on the way, for fp16.
+    One backward pass gives all of them, because every sample has its own copy.  `batch` are the fields of a
+    Batch; `scale` is a number that the loss is multiplied by on the way, for fp16.
     """
     copies = vectors.detach().requires_grad_()  # (B, n, D)
-    loss = losses(model, Batch(x_0, eps, t, ids), {name: copies})
+    loss = losses(model, Batch(*batch), {name: copies})
     (gradient,) = torch.autograd.grad(scale * loss.sum(), copies)
     return loss.detach(), gradient / scale
 
@@ -183,7 +184,7 @@ def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[
     for start, end in pairwise(own):
         if start < end:
             part = (x[start:end] for x in (vectors, *batch))
-            loss[start:end], gradient[start:end] = compute(*part, scale)
+            loss[start:end], gradient[start:end] = compute(scale, *part)
     if ranks > 1:  # the rows of the others are zero
         dist.all_reduce(gradient)
         dist.all_reduce(loss)

@@ -95,7 +95,7 @@ class LatentDiffusion:
         return self._unet_graph(x_t, t, context)
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> mean and std (B, C, H/f, W/f) of their latents, unit variance, fp32."""
+        """Images (B, 3, H, W) in [-1, 1] -> mean and std (B, C, H/f, W/f) of scaled latents, fp32."""
         moments = self.vae.encode(images.to(self.device, self.dtype))
         mean, std = (part.float() * self.vae.config.scaling_factor for part in moments)
         return mean, std

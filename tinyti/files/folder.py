@@ -155,7 +155,8 @@ def read_folder(path: Path) -> Checkpoint:
     vae = "vae" if (path / "vae").exists() else "vqvae"
     is_ldm = (path / "bert").exists() and not (path / "text_encoder").exists()
     text, text_kind = ("bert", LDMBertConfig) if is_ldm else ("text_encoder", TextConfig)
-    parts = [read_part(path / f, kind) for f, kind in (("unet", UNetConfig), (vae, VAEConfig), (text, text_kind))]
+    kinds = {"unet": UNetConfig, vae: VAEConfig, text: text_kind}
+    parts = [read_part(path / name, kind) for name, kind in kinds.items()]
     file = path / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file)
     with explain_errors(path, "latent diffusion model"):

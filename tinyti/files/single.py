@@ -69,7 +69,7 @@ def split_parts(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def layer_name(place: int, kind: str) -> str:
-    """The name of a UNet's layer: each resolution takes three places in a flat list, the last may be a downsampler's."""
+    """A UNet's layer: each resolution takes three places in a flat list, the last may be a downsampler's."""
     return f"{place // 3}.{'attentions' if kind == '1' else 'resnets'}.{place % 3}"
 
 
@@ -149,7 +149,7 @@ def read_text_transformer(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, 
     openclip = "model.ln_final.weight" in weights
     weights = rename(split_openclip(weights), OPENCLIP_RULES) if openclip else rename(weights, CLIP_RULES)
     config = text_config(weights, "gelu" if sd2 else "quick_gelu")
-    # Stable Diffusion 1 has CLIP's transformer of width 768, 2 has OpenCLIP's of 1024; miniatures are narrower.
+    # Stable Diffusion 1 has CLIP's transformer, 768 wide; 2 has OpenCLIP's, 1024 wide; miniatures differ.
     of_the_other = 768 if sd2 else 1024
     if config.hidden_size == of_the_other or (openclip and not sd2):
         raise ValueError(f"its text transformer (width {config.hidden_size}) is not the one of its UNet")

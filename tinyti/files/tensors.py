@@ -20,7 +20,7 @@ BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
 
 
 def one_line(message: object) -> str:
-    """A message in one line of at most 1,000 characters; line breaks and control characters are made visible."""
+    """A message in one line of at most 1,000 characters, with control characters made visible."""
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= 1000 else line[:1000] + " ..."
@@ -28,7 +28,7 @@ def one_line(message: object) -> str:
 
 @contextmanager
 def explain_errors(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterator[None]:
-    """Turn every error of the block, which makes the contents of `path` into `what`, into a ValueError of one line.
+    """Turn every error of the block into a ValueError of one line: the contents of `path` are no `what`.
 
     Damaged files make their readers raise almost anything, so we catch everything.
     """

@@ -12,8 +12,8 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
     """Write a file whole or not at all: what the block writes into the stream takes the place of `path`.
 
     The stream is memory, because some libraries do not survive a full disk.  At the block's end its bytes are
-    written to `.NAME.tmp`, which is renamed.  After a failure the old file is unchanged.  OSError if the folder
-    is missing, not writable or full.
+    written to `.NAME.tmp`, which is renamed.  After a failure the old file is unchanged.  OSError if the
+    folder is missing, not writable or full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -56,7 +56,8 @@ def read_words(path: str | Path, width: int | None = None,
         raise _refusal(file, f"tensors of the widths {widths}")
     if width is not None and widths != [width]:
         advice = "a word works only with the model it was learned for"
-        raise _refusal(file, f"vectors of width {name_width(widths[0])}", f"{name_width(width)}, the model's", advice)
+        expected = f"{name_width(width)}, the model's"
+        raise _refusal(file, f"vectors of width {name_width(widths[0])}", expected, advice)
     return words
 
 

@@ -1,1 +1,1 @@
-"""The networks, with the names of published weights; `vision` measures pictures and is not needed to learn a word."""
+"""The networks, with the names of published weights; `vision` is for measuring pictures only."""

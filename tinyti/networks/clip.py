@@ -1,4 +1,4 @@
-"""The text transformer of CLIP (Radford et al., 2103.00020), with which Stable Diffusion reads its prompts."""
+"""The text transformer of CLIP (Radford et al., 2103.00020), which reads Stable Diffusion's prompts."""
 
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 def transformer(config, causal: bool) -> nn.ModuleDict:
-    """The layers of a tower, named encoder.layers.i as in transformers; `config` has the fields of TextConfig."""
+    """The layers of a tower, named encoder.layers.i as in transformers, by the fields of a TextConfig."""
     dim, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     numbers = dim, inner, heads, config.hidden_act, config.layer_norm_eps
     layers = [Layer(*numbers, causal) for _ in range(config.num_hidden_layers)]

@@ -1,5 +1,5 @@
-"""CLIP's image tower beside its text tower (Radford et al., 2103.00020): how near a picture is to a prompt, or to
-another picture.  For measuring only; no word is learned with it."""
+"""CLIP with its image tower (Radford et al., 2103.00020): how near a picture is to a prompt or to another
+picture.  For measuring only; no word is learned with it."""
 
 from dataclasses import dataclass, field
 

@@ -1,1 +1,1 @@
-"""What train.py and sample.py share: the command line, the bundled miniature, a run's folder, sheets of pictures."""
+"""What train.py and sample.py share: command line, miniature, a run's folder, sheets of pictures."""
