@@ -33,27 +33,46 @@ def arguments(argv=None):
     add = parser.add_argument
     add("prompts", nargs="+", type=text_type, metavar="PROMPT", help="what to draw, with learned words")
     add = parser.add_argument_group("what to draw with").add_argument
-    add("--words", nargs="+", type=path_type, default=[], metavar="[NAME=]PATH",
-        help="folders of train.py, or files of any kind in use; NAME= renames the word")  # fmt: skip
+    add(
+        "--words",
+        nargs="+",
+        type=path_type,
+        default=[],
+        metavar="[NAME=]PATH",
+        help="folders of train.py, or files of any kind in use; NAME= renames the word",
+    )
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
     add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
-    add("--steps", type=number_type(1, 10**5, int), default=50,
-        help="more are slower and, up to a point, better")  # fmt: skip
-    add("--guidance", type=number_type(0, 100),
+    add(
+        "--steps",
+        type=number_type(1, 10**5, int),
+        default=50,
+        help="more are slower and, up to a point, better",
+    )
+    add(
+        "--guidance",
+        type=number_type(0, 100),
         help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
-             f"by default {GUIDANCE:g} with the miniature, else 7.5")  # fmt: skip
+        f"by default {GUIDANCE:g} with the miniature, else 7.5",
+    )
     add("--eta", type=number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
-    add("--size", type=number_type(1, 4096, int), nargs="+", metavar="PIXELS",
-        help="side, or height and width; by default what the model was trained on")  # fmt: skip
+    add(
+        "--size",
+        type=number_type(1, 4096, int),
+        nargs="+",
+        metavar="PIXELS",
+        help="side, or height and width; by default what the model was trained on",
+    )
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
     add("--image", type=path_type, metavar="FILE", help="picture to redraw, its middle square")
     add("--mask", type=path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
-    add("--strength", type=number_type(0, 1), default=0.7,
-        help="share of the steps that --image goes through")  # fmt: skip
+    add(
+        "--strength", type=number_type(0, 1), default=0.7, help="share of the steps that --image goes through"
+    )
 
     add = parser.add_argument_group("what comes out").add_argument
     add("--count", type=number_type(1, 10**4, int), default=4, help="pictures per prompt")
@@ -122,10 +141,18 @@ class Painter:
         model.check_size(*self.size)
         model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
         guidance = default_guidance(args.weights) if args.guidance is None else args.guidance
-        self.options = {"steps": args.steps, "guidance": guidance, "sampler": args.sampler, "eta": args.eta,
-                        "negative": args.negative}  # fmt: skip
-        self.settings = self.options | {"size": self.size, "words": list(model.concepts),
-                                        "weights": Path(args.weights).name}  # fmt: skip
+        self.options = {
+            "steps": args.steps,
+            "guidance": guidance,
+            "sampler": args.sampler,
+            "eta": args.eta,
+            "negative": args.negative,
+        }
+        self.settings = self.options | {
+            "size": self.size,
+            "words": list(model.concepts),
+            "weights": Path(args.weights).name,
+        }
         self.walk, self.decode, self.steps = partial(tinyti.sample, size=self.size), model.decode, args.steps
         if args.image:
             self._begin_with_image(args)

@@ -29,33 +29,53 @@ def arguments(argv=None):
     add("--images", type=path_type, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
     add("--token", type=text_type, required=True, metavar="WORD", help="the new word, without white space")
     add("--init", type=text_type, metavar="WORDS", help="where to start; by default the vocabulary's mean")
-    add("--vectors", type=number_type(1, 75, int), default=1, metavar="N",
-        help="vectors of the word; more hold more detail and obey prompts less")  # fmt: skip
+    add(
+        "--vectors",
+        type=number_type(1, 75, int),
+        default=1,
+        metavar="N",
+        help="vectors of the word; more hold more detail and obey prompts less",
+    )
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
-    add("--templates", type=path_type, metavar="FILE",
-        help="own prompts, one a line, {} for the word; by default the paper's")  # fmt: skip
+    add(
+        "--templates",
+        type=path_type,
+        metavar="FILE",
+        help="own prompts, one a line, {} for the word; by default the paper's",
+    )
     add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
     add("--size", type=number_type(1, 4096, int), help="pixels of a picture's side; by default the model's")
 
     add = parser.add_argument_group("how to learn it").add_argument
     rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
     add("--steps", type=number_type(1, 10**6, int), default=STEPS, help="how many to take")
-    add("--batch-size", type=number_type(1, 4096, int), default=BATCH_SIZE,
-        help="samples a step, on all GPUs")  # fmt: skip
-    add("--accumulate", type=number_type(1, 4096, int), default=1, metavar="N",
-        help="compute a batch in N parts, to save memory")  # fmt: skip
+    add(
+        "--batch-size", type=number_type(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs"
+    )
+    add(
+        "--accumulate",
+        type=number_type(1, 4096, int),
+        default=1,
+        metavar="N",
+        help="compute a batch in N parts, to save memory",
+    )
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
     add("--lr", type=number_type(1e-30, 100), help=f"step per number; by default {rates}")
-    add("--timesteps", type=number_type(0, 1), nargs=2, default=list(TIMESTEPS), metavar=("LOW", "HIGH"),
-        help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little")  # fmt: skip
+    add(
+        "--timesteps",
+        type=number_type(0, 1),
+        nargs=2,
+        default=list(TIMESTEPS),
+        metavar=("LOW", "HIGH"),
+        help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little",
+    )
     add("--seed", type=cli.SEED, default=0, help="of everything random")
     cli.model_flags(parser)
 
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", type=path_type, metavar="FOLDER", help="by default words/ and the word")
-    add("--save-every", type=number_type(1, 10**6, int), default=100, metavar="N",
-        help="save every N steps")  # fmt: skip
+    add("--save-every", type=number_type(1, 10**6, int), default=100, metavar="N", help="save every N steps")
     add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)

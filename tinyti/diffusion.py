@@ -15,8 +15,9 @@ SAMPLERS = ("ddim", "ddpm", "dpm++")
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "timestep_spacing": ("leading", "trailing", "linspace", None),
 }
+DEFAULT_SPACING = {"ddim": "leading", "ddpm": "leading", "dpm++": "linspace"}  # for None, as in diffusers
 
 
 @dataclass
@@ -32,16 +33,17 @@ class Schedule:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False  # nothing of the picture is left at the last timestep
 
     def __post_init__(self):
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} is {value!r:.100}; supported are {', '.join(choices)}")
+                raise ValueError(f"{name} is {value!r:.100}; supported are {', '.join(map(str, choices))}")
         if not 0 < start <= end < 1:
             raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they rise, between 0 and 1")
         if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):
@@ -49,6 +51,13 @@ class Schedule:
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
         self.betas = torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+        if self.rescale_betas_zero_snr:
+            if self.prediction_type == "epsilon":
+                raise ValueError("rescale_betas_zero_snr works with v_prediction only, not with epsilon")
+            signal = self.alpha_bar.sqrt()  # shifted to end at 0, stretched to begin as before (2305.08891)
+            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+            self.alpha_bar = signal.square()
+            self.betas = 1 - self.alpha_bar / torch.cat([torch.ones(1), self.alpha_bar[:-1]])
         self._tables = {}  # what `_at` reads, by device and dtype
 
     def _at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,17 +99,18 @@ class Schedule:
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"steps is {steps}; it must lie in 1 … {total}, the steps of the training")
+        spacing = self.timestep_spacing or DEFAULT_SPACING[sampler]
         # DPM-Solver++ reserves one point more, for the end of its last step.
-        points = steps + 1 if sampler == "dpm++" and self.timestep_spacing != "trailing" else steps
-        if self.timestep_spacing == "linspace":
+        points = steps + 1 if sampler == "dpm++" and spacing != "trailing" else steps
+        if spacing == "linspace":
             t = np.linspace(0, total - 1, points).round()[::-1]
-        elif self.timestep_spacing == "leading":
+        elif spacing == "leading":
             t = np.arange(points)[::-1] * (total // points) + self.steps_offset
         else:
             t = np.arange(total, 0, -total / steps).round() - 1
         ts = [int(i) for i in t[:steps]]
         if ts[0] >= total or any(a <= b for a, b in pairwise(ts)):
-            raise ValueError(f"steps is {steps}: too many for {sampler} at {self.timestep_spacing} spacing")
+            raise ValueError(f"steps is {steps}: too many for {sampler} at {spacing} spacing")
         return ts
 
     def _alpha_bar(self, t: int) -> float:
@@ -109,8 +119,9 @@ class Schedule:
             return self.alpha_bar[t].item()
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
-    def ddim_step(self, x_0: Tensor, eps: Tensor, t: int, t_prev: int,
-                  eta: float = 0.0, z: Tensor | None = None) -> Tensor:  # fmt: skip
+    def ddim_step(
+        self, x_0: Tensor, eps: Tensor, t: int, t_prev: int, eta: float = 0.0, z: Tensor | None = None
+    ) -> Tensor:
         """The parts of x at t -> x at t_prev (2010.02502, eq. 12 and 16); z is the noise that eta > 0 adds.
 
         With eta 1 it is a draw from q(x at t_prev | x at t, x_0), which is DDPM's step (2006.11239, eq. 7).
@@ -125,8 +136,9 @@ class Schedule:
         a_prev, a = self._alpha_bar(t_prev), self._alpha_bar(t)
         return math.sqrt(a / a_prev) * (x - math.sqrt(1 - a_prev) * eps) + math.sqrt(1 - a) * eps
 
-    def dpm_step(self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int,
-                 earlier: tuple[int, Tensor] | None = None) -> Tensor:  # fmt: skip
+    def dpm_step(
+        self, x_t: Tensor, x_0: Tensor, t: int, t_prev: int, earlier: tuple[int, Tensor] | None = None
+    ) -> Tensor:
         """x at t -> x at t_prev by DPM-Solver++(2M) (2211.01095, algorithm 2).
 
         `earlier` is (t, x_0) of the step before; without it the step is of first order.
@@ -141,12 +153,13 @@ class Schedule:
 
     def _log_snr(self, t: int) -> float:
         """lambda_t = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log signal-to-noise ratio."""
-        a = self._alpha_bar(t)
+        a = max(self._alpha_bar(t), 2**-24)  # as diffusers does at a zero terminal signal
         return 0.5 * math.log(a / (1 - a))
 
 
-def randn(shape: Sequence[int], generator: Generator | list[Generator] | None = None,
-          like: Tensor | None = None) -> Tensor:  # fmt: skip
+def randn(
+    shape: Sequence[int], generator: Generator | list[Generator] | None = None, like: Tensor | None = None
+) -> Tensor:
     """Standard normal noise; a list of generators draws each sample of the batch from its own.
 
     Drawn on the generator's device in fp32 and brought to `like`'s device and dtype, so that a seed means the
@@ -166,9 +179,16 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def denoise(predict: Callable[[Tensor, int], Tensor], x_T: Tensor, schedule: Schedule, steps: int = 50,
-            sampler: str = "ddim", eta: float = 0.0, generator: Generator | list[Generator] | None = None,
-            start: int = 0) -> Iterator[Tensor]:  # fmt: skip
+def denoise(
+    predict: Callable[[Tensor, int], Tensor],
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int = 50,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+    generator: Generator | list[Generator] | None = None,
+    start: int = 0,
+) -> Iterator[Tensor]:
     """Walk from noise to a picture, yielding x after each step; the last one is x_0.
 
     predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise; with

@@ -21,9 +21,16 @@ from .tokenizer import as_list
 
 
 @torch.no_grad()
-def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, strength: float = 0.6,
-               steps: int = 50, sampler: str = "ddim", generator: Generator | list[Generator] | None = None,
-               **options) -> Iterator[Tensor]:  # fmt: skip
+def from_image(
+    model: LatentDiffusion,
+    prompts: str | list[str],
+    image: Tensor,
+    strength: float = 0.6,
+    steps: int = 50,
+    sampler: str = "ddim",
+    generator: Generator | list[Generator] | None = None,
+    **options,
+) -> Iterator[Tensor]:
     """Redraw a picture by SDEdit (2108.01073, algorithm 1): a generator of x_t (B, C, H/f, W/f).
 
     The picture is noised for the share `strength` of the way and denoised from there towards the prompts;
@@ -36,10 +43,17 @@ def from_image(model: LatentDiffusion, prompts: str | list[str], image: Tensor, 
 
 
 @torch.no_grad()
-def in_region(model: LatentDiffusion, prompts: str | list[str], image: Tensor, mask: Tensor,
-              strength: float = 0.75, steps: int = 50, sampler: str = "ddim",
-              generator: Generator | list[Generator] | None = None,
-              **options) -> Iterator[Tensor]:  # fmt: skip
+def in_region(
+    model: LatentDiffusion,
+    prompts: str | list[str],
+    image: Tensor,
+    mask: Tensor,
+    strength: float = 0.75,
+    steps: int = 50,
+    sampler: str = "ddim",
+    generator: Generator | list[Generator] | None = None,
+    **options,
+) -> Iterator[Tensor]:
     """Draw into a region by Blended Latent Diffusion (2206.02779, algorithm 1): a generator of x_t.
 
     `mask` (1, H, W), from `to_mask`, is above 0 where to draw.  As in the paper's experiment (2208.01618,
@@ -95,8 +109,9 @@ def paste(image: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor, steps: int = 50,
-                iterations: int = 1) -> Iterator[Tensor]:  # fmt: skip
+def ddim_invert(
+    model: LatentDiffusion, prompts: str | list[str], image: Tensor, steps: int = 50, iterations: int = 1
+) -> Iterator[Tensor]:
     """The noise from which DDIM draws the picture: a generator of x_t, upwards; the last is x_T.
 
     With the same prompts and steps, `sample(..., guidance=1, x_T=x_T)` returns to the picture (2010.02502,
@@ -120,8 +135,9 @@ def ddim_invert(model: LatentDiffusion, prompts: str | list[str], image: Tensor,
 
 
 @contextmanager
-def attention_maps(model: LatentDiffusion, prompts: str | list[str], word: str,
-                   size: tuple[int, int] | None = None) -> Iterator[Tensor]:  # fmt: skip
+def attention_maps(
+    model: LatentDiffusion, prompts: str | list[str], word: str, size: tuple[int, int] | None = None
+) -> Iterator[Tensor]:
     """Record where the pictures attend to `word` while they are drawn: `with … as heat`, (B, H, W).
 
     Once the block is left, `heat` is the mean of the probabilities softmax(q kᵀ / √d) (2208.01626, section

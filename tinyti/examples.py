@@ -39,8 +39,14 @@ def make_examples(model: LatentDiffusion, name: str, photos: list[Photo], templa
     return Examples(mean, std, prompts)
 
 
-def draw_batch(model: LatentDiffusion, examples: Examples, size: int, generator: Generator,
-               span: tuple[float, float] = (0, 1), quantiles: Tensor | None = None) -> Batch:  # fmt: skip
+def draw_batch(
+    model: LatentDiffusion,
+    examples: Examples,
+    size: int,
+    generator: Generator,
+    span: tuple[float, float] = (0, 1),
+    quantiles: Tensor | None = None,
+) -> Batch:
     """Draw a picture, a flip, a prompt, a timestep and noise for each of `size` samples.
 
     span: the part of the timesteps, from 0 to 1, that is drawn from.  quantiles (B,): fixed places in the

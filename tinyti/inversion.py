@@ -52,8 +52,9 @@ class Inversion:
     each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
     """
 
-    def __init__(self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened",
-                 lr: float | None = None):  # fmt: skip
+    def __init__(
+        self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
+    ):
         function, default = OPTIMIZERS[optimizer]
         self.optimizer = partial(function, lr=default if lr is None else lr)
         if function is whitened:
@@ -120,9 +121,16 @@ class Inversion:
         self.show(self.vectors)
 
 
-def invert(model: LatentDiffusion, state: Inversion, examples: Examples, steps: int = STEPS,
-           batch_size: int = BATCH_SIZE, seed: int = 0, accumulate: int = 1,
-           span: tuple[float, float] = TIMESTEPS) -> Iterator[Inversion]:  # fmt: skip
+def invert(
+    model: LatentDiffusion,
+    state: Inversion,
+    examples: Examples,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    accumulate: int = 1,
+    span: tuple[float, float] = TIMESTEPS,
+) -> Iterator[Inversion]:
     """Learn a word: a generator that yields its state after each step, until `steps` are taken in all.
 
     batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
@@ -192,16 +200,22 @@ def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[
 
 
 @torch.no_grad()
-def evaluate(model: LatentDiffusion, examples: Examples, seed: int = 0,
-             span: tuple[float, float] = TIMESTEPS, size: int = EVALUATIONS) -> float:  # fmt: skip
+def evaluate(
+    model: LatentDiffusion,
+    examples: Examples,
+    seed: int = 0,
+    span: tuple[float, float] = TIMESTEPS,
+    size: int = EVALUATIONS,
+) -> float:
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
     generator = Generator().manual_seed(seed + 2**62)  # not a step's
     quantiles = (torch.arange(size) + 0.5) / size
     return losses(model, draw_batch(model, examples, size, generator, span, quantiles)).mean().item()
 
 
-def evaluate_on_time(model: LatentDiffusion, state: Inversion, examples: Examples, seed: int,
-                     span: tuple[float, float]) -> None:  # fmt: skip
+def evaluate_on_time(
+    model: LatentDiffusion, state: Inversion, examples: Examples, seed: int, span: tuple[float, float]
+) -> None:
     """Evaluate the word at every EVALUATE_EVERY-th step, once; all processes take the first one's value."""
     due = state.step % EVALUATE_EVERY == 0
     if due and len(state.evaluations) <= state.step // EVALUATE_EVERY:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from .concept import Concept
 from .diffusion import Schedule, copy_to, denoise, randn
-from .files.folder import DOWNLOAD, build, read_clip, read_config, read_folder
+from .files.folder import DOWNLOAD, build, read_clip, read_folder
 from .files.single import read_single_file
 from .graphs import record_graph
 from .networks.clip import CLIPText
@@ -74,8 +74,7 @@ class LatentDiffusion:
         """Prompts -> ids (B, T) on the model's device."""
         return copy_to(self.tokenizer(prompts), self.device)
 
-    def encode_prompts(self, prompts: list[str] | Tensor,
-                       vectors: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+    def encode_prompts(self, prompts: list[str] | Tensor, vectors: dict[str, Tensor] | None = None) -> Tensor:
         """Prompts, or their ids (B, T) -> context (B, T, D), with every learned word in its place.
 
         `vectors` {name: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
@@ -110,12 +109,19 @@ class LatentDiffusion:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).clamp(-1, 1)
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         prediction: str | None = None, tokenizer: str | Path | None = None) -> LatentDiffusion:  # fmt: skip
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+    clip_skip: int = 1,
+) -> LatentDiffusion:
     """Load a model folder or a single file as published (weights/README.md).
 
     `prediction`, "epsilon" or "v_prediction", overrules the scheduler's configuration, and is needed for
-    single files of Stable Diffusion 2; `tokenizer` is a folder, in place of the one beside the weights.
+    single files of Stable Diffusion 2; `tokenizer` is a folder, in place of the one beside the weights;
+    `clip_skip` counts the text transformer's layers from the end, 1 is the last (Stable Diffusion 1 only).
     FileNotFoundError where something is not there, ValueError where it is not what is supported.
     """
     path = Path(path)
@@ -132,20 +138,25 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
         hint = "copy the model's tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
         raise FileNotFoundError(f"there is no vocabulary at {folder}, and the weights hold none; {hint}")
     vocabulary = Tokenizer.from_folder(folder)
-    settings = parts.scheduler | ({"prediction_type": prediction} if prediction else {})
-    schedule = read_config(Schedule, settings, parts.scheduler_path)
-    unet, vae, text = (build(*part, device, dtype) for part in (parts.unet, parts.vae, parts.text))
+    schedule = parts.schedule(prediction)
+    networks = parts.unet, parts.vae, parts.skip_text_layers(clip_skip)
+    unet, vae, text = (build(*part, device, dtype) for part in networks)
     if vocabulary.vocab_size > text.config.vocab_size:
         rows = f"{vocabulary.vocab_size} entries, the encoder {text.config.vocab_size} rows"
         raise ValueError(f"{folder} has {rows}; they belong to different models")
+    positions = text.config.max_position_embeddings
+    if positions < vocabulary.length:
+        found = f"the text transformer has {positions} positions, the tokenizer's prompts {vocabulary.length}"
+        raise ValueError(f"{path}: {found}; take the tokenizer folder of the same model")
     width, context_width = text.table.shape[1], unet.config.cross_attention_dim
     if width != context_width:
         raise ValueError(f"{path}: the text transformer's width is {width}, the UNet reads {context_width}")
     return LatentDiffusion(vocabulary, text, vae, unet, schedule)
 
 
-def load_clip(path: str | Path, device: str = "cpu",
-              dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:  # fmt: skip
+def load_clip(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[CLIP, Tokenizer]:
     """Load a CLIP folder like openai/clip-vit-base-patch32, with its vocabulary; errors as of `load`."""
     config, weights, preprocess = read_clip(Path(path))
     clip = build(config, weights, path, device, dtype, preprocess=preprocess)
@@ -153,10 +164,19 @@ def load_clip(path: str | Path, device: str = "cpu",
 
 
 @torch.no_grad()
-def sample(model: LatentDiffusion, prompts: str | list[str], steps: int = 50, guidance: float = 7.5,
-           sampler: str = "ddim", eta: float = 0.0, negative: str = "",
-           generator: Generator | list[Generator] | None = None, size: int | tuple[int, int] | None = None,
-           x_T: Tensor | None = None, start: int = 0) -> Iterator[Tensor]:  # fmt: skip
+def sample(
+    model: LatentDiffusion,
+    prompts: str | list[str],
+    steps: int = 50,
+    guidance: float = 7.5,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+    negative: str = "",
+    generator: Generator | list[Generator] | None = None,
+    size: int | tuple[int, int] | None = None,
+    x_T: Tensor | None = None,
+    start: int = 0,
+) -> Iterator[Tensor]:
     """Draw pictures for the prompts: a generator of x_t (B, C, H, W), fp32, after each step; the last is x_0.
 
     `guidance` is the scale of classifier-free guidance (2207.12598), against the prompt `negative`; at 1 or

@@ -15,8 +15,9 @@ FLOOR = 1e-3  # of the largest eigenvalue: how much the directions that no gradi
 Memory = dict[str, int | Tensor]
 
 
-def whitened(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float,
-             cap: float = math.inf) -> tuple[Tensor, Memory]:  # fmt: skip
+def whitened(
+    vectors: Tensor, gradients: Tensor, memory: Memory, lr: float, cap: float = math.inf
+) -> tuple[Tensor, Memory]:
     """A step along the momentum, whitened by the full second moment of the gradients.
 
     Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, M (D, D) being the

@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
@@ -44,12 +44,11 @@ FIXED = {
         "act_fn": ("silu",), "in_channels": (3,), "latent_channels": (4,), "latents_mean": (None,),
         "latents_std": (None,), "out_channels": (3,), "shift_factor": (None,),
     },
-    TextConfig: {"hidden_act": tuple(ACTIVATIONS)},
+    TextConfig: {"hidden_act": tuple(ACTIVATIONS), "use_attention_mask": (False,)},
     VisionConfig: {"hidden_act": tuple(ACTIVATIONS)},
     LDMBertConfig: {"activation_function": ("gelu",)},
     Schedule: {
-        **CHOICES, "clip_sample": (False,), "rescale_betas_zero_snr": (False,), "thresholding": (False,),
-        "trained_betas": (None,),
+        **CHOICES, "thresholding": (False,), "trained_betas": (None,),
     },
 }  # fmt: skip
 
@@ -81,7 +80,10 @@ class Part(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """What a model is made of, read but not yet built; ValueError if its UNet takes more than latents."""
+    """What a model is made of, read but not yet built; ValueError if its UNet takes more than latents.
+
+    Where a file leaves something open, the methods decide as the pipelines of diffusers do.
+    """
 
     unet: Part
     vae: Part
@@ -96,9 +98,58 @@ class Checkpoint:
             what = "an inpainting model" if channels == 9 else "a model of another kind"
             raise ValueError(f"it is {what}: its UNet takes {channels} channels")
 
+    @property
+    def is_ldm(self) -> bool:
+        """Whether this is the paper's LDM, else it is Stable Diffusion."""
+        return isinstance(self.text.config, LDMBertConfig)
 
-def build(config, weights: dict[str, Tensor], path: str | Path = "configuration",
-          device: str = "cpu", dtype: torch.dtype = torch.float32, **extra) -> nn.Module:  # fmt: skip
+    def schedule(self, prediction: str | None = None) -> Schedule:
+        """The noise schedule of scheduler_config.json; `prediction` overrules what the UNet predicts there.
+
+        ValueError for a file without betas, as of flow and consistency models, and unsupported settings.
+        """
+        settings = dict(self.scheduler)
+        with explain_errors(self.scheduler_path, "noise schedule"):
+            for name in ("beta_start", "beta_end", "beta_schedule"):
+                if settings.get(name) is None:
+                    raise ValueError(f"it lacks {name}, as the schedulers of flow and consistency models do")
+        if not self.is_ldm:
+            settings["steps_offset"] = 1
+        if prediction:
+            settings["prediction_type"] = prediction
+        schedule = read_config(Schedule, settings, self.scheduler_path)
+        if settings.get("timestep_spacing") is None:  # each sampler then has its own
+            schedule = replace(schedule, timestep_spacing=None)
+        return schedule
+
+    def skip_text_layers(self, clip_skip: int) -> Part:
+        """The text transformer without its last `clip_skip` - 1 layers, which diffusers calls clip_skip.
+
+        ValueError for families that are not trained so, or more layers than there are.
+        """
+        config, weights, path = self.text
+        if clip_skip == 1:
+            return self.text
+        if self.is_ldm or self.unet.config.use_linear_projection:  # of matrices, in Stable Diffusion 2 alone
+            hint = "Stable Diffusion 2 leaves a layer out already, LDM none"
+            raise ValueError(f"clip skip is {clip_skip}, but it is for Stable Diffusion 1 only; {hint}")
+        layers = config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip skip is {clip_skip}; it is 1 (none) to {layers}, all layers")
+        kept = layers - (clip_skip - 1)
+        skipped = tuple(f"encoder.layers.{i}." for i in range(kept, layers))
+        weights = {key: w for key, w in weights.items() if not key.startswith(skipped)}
+        return Part(replace(config, num_hidden_layers=kept), weights, path)
+
+
+def build(
+    config,
+    weights: dict[str, Tensor],
+    path: str | Path = "configuration",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **extra,
+) -> nn.Module:
     """The frozen network of a configuration with exactly these weights, which are from `path`.
 
     ValueError names the first key that is missing, left over, of another shape or no floating-point tensor,
@@ -148,6 +199,7 @@ def read_folder(path: Path) -> Checkpoint:
 
     FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
     """
+    path = find_snapshot(path)
     with explain_errors(path, "latent diffusion model"):
         for part in ("text_encoder_2", "transformer"):
             if (path / part).exists():
@@ -157,10 +209,36 @@ def read_folder(path: Path) -> Checkpoint:
     text, text_kind = ("bert", LDMBertConfig) if is_ldm else ("text_encoder", TextConfig)
     kinds = {"unet": UNetConfig, vae: VAEConfig, text: text_kind}
     parts = [read_part(path / name, kind) for name, kind in kinds.items()]
+    if not is_ldm:
+        file = path / "unet" / "config.json"
+        parts[0] = parts[0]._replace(config=correct_sample_size(parts[0].config, read_json(file)))
     file = path / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file)
     with explain_errors(path, "latent diffusion model"):
         return Checkpoint(*parts, scheduler, file, path / "tokenizer")
+
+
+def find_snapshot(path: Path) -> Path:
+    """The folder of a model in a `models--org--name` folder of the Hugging Face cache; any other as it is."""
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file():
+        return snapshots / main.read_text(encoding="utf-8").strip()
+    found = sorted(snapshots.iterdir())
+    if len(found) != 1:
+        names = ", ".join(snapshot.name for snapshot in found) or "none"
+        raise ValueError(f"{path} is a cache of several snapshots ({names}); name one, as {snapshots}/...")
+    return found[0]
+
+
+def correct_sample_size(config: UNetConfig, raw: dict) -> UNetConfig:
+    """Like diffusers' pipelines, read 64 where a version before 0.9 wrote a smaller size of the latents."""
+    version = re.match(r"(\d+)\.(\d+)", str(raw.get("_diffusers_version", "")))
+    is_old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
+    too_small = config.sample_size is not None and config.sample_size < 64
+    return replace(config, sample_size=64) if is_old and too_small else config
 
 
 def read_part(folder: Path, kind: type) -> Part:
@@ -244,14 +322,39 @@ def fits(value, kind: type, most: int) -> bool:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
+VARIANTS = ("", ".fp16", ".bf16", ".non_ema")  # of the weights in a folder; the first that is there is read
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a part; full precision before fp16, then .safetensors before .bin.
+    """The weights of a part: full precision before variants, .safetensors before .bin, whole before shards.
 
     FileNotFoundError if there are none.
     """
-    for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
-        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-            if (folder / (stem + ending)).is_file():
-                return read_tensors(folder / (stem + ending))
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    for variant in VARIANTS:
+        for suffix in (".safetensors", ".bin"):
+            for stem in stems:
+                file = folder / f"{stem}{variant}{suffix}"
+                indices = folder / f"{file.name}.index.json", folder / f"{stem}{suffix}.index{variant}.json"
+                if file.is_file():
+                    return read_tensors(file)
+                for index in indices:
+                    if index.is_file():
+                        return read_shards(index)
+    found = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
     names = "diffusion_pytorch_model.safetensors, model.safetensors or the same as .bin"
-    raise FileNotFoundError(f"{folder} has no weights: expected {names} (weights/README.md)")
+    raise FileNotFoundError(f"{folder} has no weights: found {found}, expected {names} (weights/README.md)")
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The weights in the files that an index.json names; errors as of `read_folder`."""
+    with explain_errors(index, "list of weight files", "download it again"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside of its folder")
+    weights = {}
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name} is missing, which {index.name} names")
+        weights |= read_tensors(index.parent / name)
+    return weights

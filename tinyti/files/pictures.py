@@ -15,13 +15,28 @@ from torch import Tensor
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
 
 # What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
-DAMAGED = (EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
-           Image.DecompressionBombError)  # fmt: skip
+DAMAGED = (
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 # EXIF's Orientation -> how to turn the picture upright.
-ORIENTATION = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-               5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-               8: Transpose.ROTATE_90}  # fmt: skip
+ORIENTATION = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 class Photo(NamedTuple):

@@ -16,8 +16,14 @@ from .tensors import explain_errors, read_tensors
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
 # What the original code of all three models does.
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-            "set_alpha_to_one": False, "prediction_type": "epsilon"}  # fmt: skip
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
+}
 
 
 def read_single_file(path: Path, prediction: str | None = None) -> Checkpoint:
@@ -44,8 +50,10 @@ def read_single_file(path: Path, prediction: str | None = None) -> Checkpoint:
         model = Checkpoint(*parts, dict(SCHEDULER), path, path.parent / "tokenizer")
     if sd2 and prediction is None:
         hint = "epsilon for the 512-pixel base models, v_prediction for 768"
-        raise ValueError(f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
-                         f"give prediction= (--prediction): {hint}")  # fmt: skip
+        raise ValueError(
+            f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
+            f"give prediction= (--prediction): {hint}"
+        )
     return model
 
 

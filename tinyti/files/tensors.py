@@ -41,7 +41,9 @@ def explain_errors(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterat
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .bin or .ckpt file, mapped into memory; a pickle's code never runs.
+    """The tensors of a file of safetensors or torch.save, mapped into memory; code never runs.
+
+    The first bytes say which of them it is, not the suffix.
 
     ValueError if it is damaged, holds something else, or is not a regular file.
     """
@@ -50,7 +52,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError("it is no regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's on odd pickles
-            contents = load_file(path) if path.suffix == ".safetensors" else unpickle(path)
+            contents = load_file(path) if is_safetensors(path) else unpickle(path)
         if isinstance(contents, dict):
             contents = contents.get("state_dict", contents)
         entries = contents.items() if isinstance(contents, dict) else ()
@@ -63,6 +65,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of safetensors, by its first bytes; ValueError for pages and pointers."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a pointer of git-lfs, not the file itself; run git lfs pull")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError("it is a web page (HTML), not the file itself")
+    return head[8:9] == b"{"
+
+
 class UnsafePickleError(ValueError):
     """A pickle that would call a function by this name; it was not called."""
 
@@ -72,6 +85,8 @@ def unpickle(source: Path | bytes):
 
     Objects of BOOKKEEPING packages are read as empty stubs.  UnsafePickleError for any other object.
     """
+    if isinstance(source, Path) and source.suffix.lower() == ".safetensors":  # torch.load would go by it
+        source = source.read_bytes()
 
     def stream():
         return io.BytesIO(source) if isinstance(source, bytes) else source

@@ -36,8 +36,9 @@ RESERVED = (*UNNAMED, "clip_g", "emp_params_out", "string_to_param", "__metadata
 PICTURES = (b"\x89PNG", b"RIFF", b"\xff\xd8\xff")  # RIFF is WebP
 
 
-def read_words(path: str | Path, width: int | None = None,
-               warn: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:  # fmt: skip
+def read_words(
+    path: str | Path, width: int | None = None, warn: Callable[[str], None] = warnings.warn
+) -> dict[str, Tensor]:
     """Read the learned words in a file, or in a folder that train.py wrote: {name: (n, D)}, fp32, on the CPU.
 
     Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,

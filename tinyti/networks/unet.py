@@ -94,8 +94,16 @@ def resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
 class Block(nn.Module):
     """One resolution of the UNet: resnets, a transformer behind each where there is attention, resampling."""
 
-    def __init__(self, config: UNetConfig, c_ins: list[int], c_out: int, heads: int, kind: str,
-                 down: bool = False, up: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        config: UNetConfig,
+        c_ins: list[int],
+        c_out: int,
+        heads: int,
+        kind: str,
+        down: bool = False,
+        up: bool = False,
+    ):
         super().__init__()
         self.resnets = nn.ModuleList([resnet(config, c, c_out) for c in c_ins])
         attends = "Attn" in kind
@@ -164,30 +172,30 @@ class UNet(nn.Module):
         """x_t (B, C, H, W), t (B,) or a number in [0, 1000), context (B, T, D) -> prediction (B, C, H, W)."""
         if not torch.is_tensor(t):  # filled in on the device: a copy from the host would wait for it
             t = torch.full((), t, device=x_t.device)
-        t = t.to(x_t.device).expand(len(x_t))                               # (B,)
-        temb = timestep_embedding(t, self.conv_in.out_channels)             # (B, c)
-        temb = self.time_embedding["linear_1"](temb.to(x_t.dtype))          # (B, 4c)
-        temb = self.time_embedding["linear_2"](F.silu(temb))                # (B, 4c)
+        t = t.to(x_t.device).expand(len(x_t))  # (B,)
+        temb = timestep_embedding(t, self.conv_in.out_channels)  # (B, c)
+        temb = self.time_embedding["linear_1"](temb.to(x_t.dtype))  # (B, 4c)
+        temb = self.time_embedding["linear_2"](F.silu(temb))  # (B, 4c)
 
-        x = self.conv_in(x_t)                                               # (B, c, H, W)
+        x = self.conv_in(x_t)  # (B, c, H, W)
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, temb, context)             # (B, c_i, H / 2^i, W / 2^i)
+                x = self._run(block.layer, i, x, temb, context)  # (B, c_i, H / 2^i, W / 2^i)
                 skips.append(x)
             for downsample in block.downsamplers:
-                x = downsample(x)                                           # half of it, rounded up
+                x = downsample(x)  # half of it, rounded up
                 skips.append(x)
 
-        x = self._run(self.mid_block, x, temb, context)                     # (B, c_n, H / 2^n, W / 2^n)
+        x = self._run(self.mid_block, x, temb, context)  # (B, c_n, H / 2^n, W / 2^n)
 
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = torch.cat([x, skips.pop()], dim=1)                      # (B, c_i + c_skip, …)
-                x = self._run(block.layer, i, x, temb, context)             # (B, c_i, …)
+                x = torch.cat([x, skips.pop()], dim=1)  # (B, c_i + c_skip, …)
+                x = self._run(block.layer, i, x, temb, context)  # (B, c_i, …)
             for upsample in block.upsamplers:
-                x = upsample(x, size=skips[-1].shape[2:])                   # odd: less than doubled
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                 # (B, C, H, W)
+                x = upsample(x, size=skips[-1].shape[2:])  # odd: less than doubled
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, C, H, W)
 
     def _run(self, layer, *args):
         if self.checkpointing and torch.is_grad_enabled():

@@ -72,13 +72,28 @@ SEED = number_type(0, 2**32 - 1, int)
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, and where it is computed."""
     add = parser.add_argument_group("the model and the machine").add_argument
-    add("--weights", type=path_type, default=str(TINY), metavar="PATH",
-        help="model folder or single file, see weights/README.md")  # fmt: skip
+    add(
+        "--weights",
+        type=path_type,
+        default=str(TINY),
+        metavar="PATH",
+        help="model folder or single file, see weights/README.md",
+    )
     add("--tokenizer", type=path_type, metavar="FOLDER", help="for a single file that has none beside it")
     add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
+    add(
+        "--clip-skip",
+        type=number_type(1, 99, int),
+        default=1,
+        metavar="N",
+        help="layer of the text transformer to read, from its end; 1 is the last, anime models take 2",
+    )
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
-    add("--precision", choices=("fp32", "bf16", "fp16"),
-        help="of the networks; by default bf16 on GPUs that have it, else fp32")  # fmt: skip
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the networks; by default bf16 on GPUs that have it, else fp32",
+    )
 
 
 def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str, torch.dtype]:
@@ -94,8 +109,10 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     if is_cuda and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
-        raise ValueError(f"--device {device!r} is not on this machine, but {', '.join(there)}; "
-                         "take --device cpu, or auto, or one of several GPUs as cuda:1")  # fmt: skip
+        raise ValueError(
+            f"--device {device!r} is not on this machine, but {', '.join(there)}; "
+            "take --device cpu, or auto, or one of several GPUs as cuda:1"
+        )
     if is_cuda and ":" in name:
         torch.cuda.set_device(name)
     if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
@@ -107,7 +124,7 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
     """The model that the flags name, on its device."""
     device, dtype = pick_device(args.device, args.precision)
-    return load(args.weights, device, dtype, args.prediction, args.tokenizer)
+    return load(args.weights, device, dtype, args.prediction, args.tokenizer, args.clip_skip)
 
 
 def short_path(path: str | Path) -> Path:

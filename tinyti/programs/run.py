@@ -24,10 +24,20 @@ from .sheet import draw_sheet
 
 FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
-PREVIEWS = ("a photo of {}", "a photo of {} on the beach", "a photo of {} in the snow",
-            "a painting of {}", "a sketch of {}")  # fmt: skip
-STYLE_PREVIEWS = ("a cat in the style of {}", "a house in the style of {}", "a flower in the style of {}",
-                  "a car in the style of {}", "a boat on the beach in the style of {}")  # fmt: skip
+PREVIEWS = (
+    "a photo of {}",
+    "a photo of {} on the beach",
+    "a photo of {} in the snow",
+    "a painting of {}",
+    "a sketch of {}",
+)
+STYLE_PREVIEWS = (
+    "a cat in the style of {}",
+    "a house in the style of {}",
+    "a flower in the style of {}",
+    "a car in the style of {}",
+    "a boat on the beach in the style of {}",
+)
 PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
 MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device", "gradient_checkpointing"}
 
@@ -38,8 +48,9 @@ class Run:
     As a context it holds the folder against other runs, and saves the word if Ctrl-C ends the block.
     """
 
-    def __init__(self, args: argparse.Namespace, model: LatentDiffusion, state: Inversion,
-                 photos: list[Photo]):  # fmt: skip
+    def __init__(
+        self, args: argparse.Namespace, model: LatentDiffusion, state: Inversion, photos: list[Photo]
+    ):
         name = re.sub(r"[^\w-]", "", args.token) or "-".join(f"u{ord(c):x}" for c in args.token)
         self.folder = Path(args.out or ROOT / "words" / name)
         self.args, self.model, self.state, self.photos = args, model, state, photos
