@@ -1,6 +1,7 @@
 """Use learned words:  python sample.py "a painting of S* on the beach" --words words/S"""
 
 import json
+import os
 import re
 import sys
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from tinyti.files.pictures import read_image, to_image, to_tensor
 from tinyti.files.whole import atomic_write
 from tinyti.files.words import read_words
 from tinyti.programs import cli
-from tinyti.programs.cli import number_type, path_type, text_type
+from tinyti.programs.cli import any_text_type, number_type, path_type, text_type
 from tinyti.programs.miniature import GUIDANCE, default_guidance
 from tinyti.programs.sheet import draw_sheet
 
+STRENGTH = 0.7  # share of the steps that --image goes through
 BATCH = 8  # pictures that are drawn at once
-LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|\w*\*")  # how people write words that a model was taught
+LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|(?<!\w)\w*\*")  # how people write words that a model was taught
 
 
 def arguments(argv=None):
@@ -44,7 +46,7 @@ def arguments(argv=None):
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
-    add("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
+    add("--negative", type=any_text_type, default="", metavar="PROMPT", help="what guidance leads away from")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
     add(
         "--steps",
@@ -71,7 +73,9 @@ def arguments(argv=None):
     add("--image", type=path_type, metavar="FILE", help="picture to redraw, its middle square")
     add("--mask", type=path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
     add(
-        "--strength", type=number_type(0, 1), default=0.7, help="share of the steps that --image goes through"
+        "--strength",
+        type=number_type(0, 1),
+        help=f"share of the steps that --image goes through; by default {STRENGTH}",
     )
 
     add = parser.add_argument_group("what comes out").add_argument
@@ -98,14 +102,14 @@ def draw_pictures(args):
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
     files = [[picture_file(out, *prompt, seed) for seed in seeds] for prompt in enumerate(args.prompts, 1)]
     sheet, attention = out / "grid.png", out / "attention.png"
-    refuse_to_replace([*chain(*files), sheet, attention], args.force)
+    refuse_to_replace([*chain(*files), sheet, *[attention] * args.attention], args.force)
 
     model = cli.load_model(args)
-    add_words(model, args.words)
-    words = [check_prompt(model, prompt, args.words or args.attention) for prompt in args.prompts]
+    add_words(model, args.words, args.clip_skip)
+    words = check_texts(model, args)
     painter = Painter(args, model)
+    note_flags_without_effect(args, painter.options)
 
-    out.mkdir(parents=True, exist_ok=True)
     rows, maps = [], []
     batches = [range(args.count)[i : i + BATCH] for i in range(0, args.count, BATCH)]
     with tqdm(total=len(args.prompts) * len(batches) * painter.steps, unit="step") as bar:
@@ -127,9 +131,26 @@ def draw_pictures(args):
 
 def refuse_to_replace(files, force):
     """ValueError for the first of the files that exists, unless `force`."""
-    there = next((file for file in files if file.exists()), None)
+    there = next((file for file in files if os.path.lexists(file)), None)
     if there and not force:
         raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
+
+
+def note_flags_without_effect(args, options):
+    """Say which of the flags change nothing."""
+    without = {
+        "--negative": args.negative and options["guidance"] <= 1,
+        "--eta": args.eta and args.sampler != "ddim",
+        "--strength": args.strength is not None and not args.image,
+    }
+    reasons = {
+        "--negative": "has no effect without guidance; --guidance must be above 1",
+        "--eta": "is for --sampler ddim only",
+        "--strength": "is for --image only",
+    }
+    for flag in without:
+        if without[flag]:
+            cli.say(f"note: {flag} {reasons[flag]}")
 
 
 class Painter:
@@ -162,11 +183,12 @@ class Painter:
         if self.size[0] != self.size[1]:
             sides = f"{self.size[0]} {self.size[1]}"
             raise ValueError(f"--size is {sides}, but --image is cropped to a square; give its side")
+        strength = STRENGTH if args.strength is None else args.strength
         picture = read_image(args.image)
         image = to_tensor(picture, self.size[0])
-        self.steps = args.steps - skipped_steps(args.steps, args.strength)
-        self.settings |= {"image": Path(args.image).name, "strength": args.strength}
-        self.walk = partial(from_image, image=image, strength=args.strength)
+        self.steps = args.steps - skipped_steps(args.steps, strength)
+        self.settings |= {"image": Path(args.image).name, "strength": strength}
+        self.walk = partial(from_image, image=image, strength=strength)
         if args.mask:
             mask = read_image(args.mask)
             if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
@@ -176,7 +198,7 @@ class Painter:
             feather = self.model.vae.factor // 2  # the seam is as wide as a latent
             mask = to_mask(mask, self.size[0], feather)
             self.settings |= {"mask": Path(args.mask).name}
-            self.walk = partial(in_region, image=image, mask=mask, strength=args.strength)
+            self.walk = partial(in_region, image=image, mask=mask, strength=strength)
             self.decode = lambda x_0: paste(image, self.model.decode(x_0), mask)
 
     def draw(self, prompt, seeds, heat, after_step):
@@ -200,7 +222,7 @@ def picture_file(folder, number, prompt, seed):
     return folder / f"{number:02}-{words}-{seed}.png"
 
 
-def add_words(model, entries):
+def add_words(model, entries, clip_skip):
     """Register the learned words of `[NAME=]PATH` entries with the model."""
     for entry in entries:
         name, path = None, entry
@@ -211,29 +233,52 @@ def add_words(model, entries):
             raise ValueError(f"{path} holds the words {', '.join(words)}; {name}= cannot rename them all")
         for word, vectors in words.items():
             model.add_word(word if name is None else name, vectors)
+        learned_with = read_clip_skip(Path(path))
+        if learned_with not in (None, clip_skip):
+            cli.say(f"note: {path} was learned with --clip-skip {learned_with}, now it is {clip_skip}")
 
 
-def check_prompt(model, prompt, wants_word):
-    """The learned words of a prompt; ValueError for none where it wants one, or one that is cut off.
+def read_clip_skip(folder):
+    """The --clip-skip that the word in a run's folder was learned with; None if that is not known."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return settings["clip_skip"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-    What will be drawn otherwise than meant is said.
+
+def check_texts(model, args):
+    """Check every text that is drawn with; the learned words of each prompt.
+
+    ValueError for a learned word that is cut off, and for a prompt without any where words were loaded or
+    --attention wants one; a word in --negative is a use of it, too.  Notes are said once each.
     """
-    ids, places = model.tokenizer.encode(prompt), model.tokenizer.length - 2
-    if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
-        raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {prompt!r}")
-    words = [name for name, concept in model.concepts.items() if concept.ids[0] in ids]
-    if wants_word and not words:
-        known = f"the words are {', '.join(model.concepts)}" if model.concepts else "--words loads them"
-        raise ValueError(f"no learned word stands alone in the prompt {prompt!r}; {known}")
-    if len(ids) > places:
-        cli.say(f"the last {len(ids) - places} tokens of {prompt!r} do not fit and are left out")
-    for word in LOOKS_LEARNED.findall(prompt):
-        if word not in model.concepts:
-            cli.say(f"note: {word!r} is no word that was loaded; --words loads learned words")
-    plain = sorted({*re.findall(r"[^\W\d_]{4,}", prompt)} - {*model.concepts})
-    if spelled := [word for word in plain if is_spelled(model.tokenizer, word)]:
-        cli.say(f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter")
+    notes = {}  # in order, each once
+    words = [check_text(model, prompt, notes) for prompt in args.prompts]
+    negative = check_text(model, args.negative, notes)
+    for prompt, found in zip(args.prompts, words):
+        if not found and (args.attention or (args.words and not negative)):
+            known = f"the words are {', '.join(model.concepts)}" if model.concepts else "--words loads them"
+            raise ValueError(f"no learned word stands alone in the prompt {prompt!r}; {known}")
+    for note in notes:
+        cli.say(note)
     return words
+
+
+def check_text(model, text, notes):
+    """The learned words of a text; adds to `notes`.  ValueError for a word that is cut off."""
+    ids, places = model.tokenizer.encode(text), model.tokenizer.length - 2
+    if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
+        raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {text!r:.500}")
+    if len(ids) > places:
+        notes[f"the last {len(ids) - places} tokens of {text!r:.500} do not fit and are left out"] = None
+    rest = model.tokenizer.without_words(text)
+    for word in LOOKS_LEARNED.findall(rest):
+        notes[f"note: {word!r} is no word that was loaded; --words loads learned words"] = None
+    plain = sorted(set(re.findall(r"[^\W\d_]{4,}", rest)))
+    if spelled := [word for word in plain if is_spelled(model.tokenizer, word)]:
+        notes[f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter"] = None
+    return [name for name, concept in model.concepts.items() if concept.ids[0] in ids]
 
 
 def is_spelled(tokenizer, word):
@@ -245,7 +290,9 @@ def is_spelled(tokenizer, word):
 def save(picture, file, about):
     """Write a PNG whole or not at all, with how it was made in a text chunk."""
     info = PngInfo()
-    info.add_itxt("tinyti", json.dumps(about, ensure_ascii=False))
+    about = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace").decode()  # odd file names
+    info.add_itxt("tinyti", about)
+    file.parent.mkdir(parents=True, exist_ok=True)  # only now: before, there may be nothing to keep
     with atomic_write(file) as stream:
         picture.save(stream, format="PNG", pnginfo=info)
 

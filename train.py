@@ -1,7 +1,6 @@
 """Learn a word from a few pictures:  python train.py --images concepts/cat --token "S*" """
 
 import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -93,7 +92,7 @@ def main(argv=None):
 
 def train(args):
     """Everything, from the first check to the last line: -> exit status."""
-    began = time.time()
+    began = time.monotonic()
     check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -115,9 +114,10 @@ def train(args):
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
     concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
+    check_templates(model, args.token, templates)
     check_prompts(model, concept, examples.prompts)
     state = Inversion(model, concept, args.optimizer, args.lr)
-    run = Run(args, model, state, photos) if cli.is_main_process() else None
+    run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = tqdm(total=args.steps, initial=state.step, unit="step", disable=not run)
     with run or nullcontext(), progress as bar:
         if dist.is_initialized():  # all begin where the first does
@@ -139,8 +139,15 @@ def train(args):
         return 0
     status = report(args, model, state, examples, run)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
-    print(f"{time.time() - began:.0f} s{memory}")
+    print(f"{time.monotonic() - began:.0f} s{memory}")
     return status
+
+
+def check_templates(model, name, templates):
+    """Refuse a word that the templates themselves contain, so that it would stand in each prompt twice."""
+    for template in templates:
+        if model.tokenizer.has_word(template.replace("{}", " "), name):
+            raise ValueError(f"the template {template!r} contains {name!r} itself; take another --token")
 
 
 def check_prompts(model, concept, prompts):
@@ -180,8 +187,11 @@ def report(args, model, state, examples, run):
         command = ["python", "sample.py", prompt, "--words", str(cli.short_path(run.folder))]
         if not is_tiny(args.weights):
             command += ["--weights", args.weights]
-        print("use it:", shlex.join(command))
-    return 1 if problem else 0
+        if args.clip_skip != 1:
+            command += ["--clip-skip", str(args.clip_skip)]
+        print("use it:", cli.shell_command(command))
+    # Pictures that are not finite are a sign that the word, or the model, is of no use.
+    return 1 if problem or isinstance(run.problem, FloatingPointError) else 0
 
 
 if __name__ == "__main__":

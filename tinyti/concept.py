@@ -23,15 +23,21 @@ class Concept(nn.Module):
 
         With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n a row starts several
         vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
-        two start equal.
+        two start equal.  ValueError for no rows or n < 1.
         """
+        if n < 1 or rows.ndim != 2 or not len(rows):
+            raise ValueError(
+                f"{n} vectors from rows of shape {tuple(rows.shape)}; expected at least 1 from (m, D)"
+            )
         m, rows = len(rows), rows.detach().float()
         if m >= n:
             bounds = [i * m // n for i in range(n + 1)]
             return torch.stack([rows[a:b].mean(dim=0) for a, b in pairwise(bounds)])  # (n, D)
         sources = [i * m // n for i in range(n)]  # the row that each vector starts at
         vectors = rows[sources]
-        noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(vectors.shape, generator=generator, device="cpu", dtype=torch.float32)
+        noise = noise.to(rows.device)
         noise = 0.1 * vectors.norm(dim=-1, keepdim=True) * F.normalize(noise, dim=-1)
         for i, (before, source) in enumerate(pairwise(sources), 1):
             if source == before:
@@ -60,7 +66,7 @@ class Concept(nn.Module):
 
         Best first; `among` limits the search to some ids.
         """
-        among = torch.arange(len(table)) if among is None else torch.tensor(among)
+        among = torch.tensor(range(len(table)) if among is None else among, device="cpu")
         rows = F.normalize(table.detach()[among.to(table.device)].float(), dim=-1)
         vectors = F.normalize(self.vectors.detach().to(rows.device), dim=-1)
         cosines, found = (vectors @ rows.T).topk(min(k, len(rows)))  # (n, k)

@@ -1,7 +1,7 @@
 """Show what a file of learned words holds, and convert it:  python -m tinyti.convert IN [OUT]"""
 
+import os
 import sys
-from pathlib import Path
 
 from .concept import Concept
 from .files.words import compatibility_warning, name_width, read_words, write_words
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def convert(args) -> int:
     """Show the words of IN, and write them to OUT."""
-    if args.OUT and Path(args.OUT).exists() and not args.force:
+    if args.OUT and os.path.lexists(args.OUT) and not args.force:
         raise ValueError(f"{args.OUT} exists; give another name, or --force to overwrite it")
     model = load(args.weights) if args.weights else None
     notes = []

@@ -49,7 +49,8 @@ class Schedule:
         if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):
             raise ValueError(f"num_train_timesteps is {steps!r} and steps_offset {self.steps_offset!r}")
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
-        self.betas = torch.linspace(start**power, end**power, steps, dtype=torch.float64) ** (1 / power)
+        self.betas = torch.linspace(start**power, end**power, steps, dtype=torch.float64, device="cpu")
+        self.betas = self.betas ** (1 / power)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
         if self.rescale_betas_zero_snr:
             if self.prediction_type == "epsilon":
@@ -57,7 +58,7 @@ class Schedule:
             signal = self.alpha_bar.sqrt()  # shifted to end at 0, stretched to begin as before (2305.08891)
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
             self.alpha_bar = signal.square()
-            self.betas = 1 - self.alpha_bar / torch.cat([torch.ones(1), self.alpha_bar[:-1]])
+            self.betas[1:] = 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
         self._tables = {}  # what `_at` reads, by device and dtype
 
     def _at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,9 +169,13 @@ def randn(
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}; give one, or one each")
-        z = torch.cat([torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in generator])
+        one = 1, *shape[1:]
+        z = torch.cat(
+            [torch.randn(one, generator=g, device=g.device, dtype=torch.float32) for g in generator]
+        )
     else:
-        z = torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
+        device = generator.device if generator else "cpu"
+        z = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     return z if like is None else z.to(like, non_blocking=like.is_cuda)
 
 
@@ -199,6 +204,8 @@ def denoise(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")
     ts = schedule.timesteps(steps, sampler)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie in 0 … 1")
     if not 0 <= start < steps:
         raise ValueError(f"start is {start}; it must lie in 0 … {steps - 1}, the steps that can be skipped")
     x, earlier = x_T, None

@@ -37,6 +37,7 @@ def from_image(
     only that share of `steps` is taken.  `options` are those of `sample`: guidance, eta, negative.
     ValueError if no step is left, or if H or W is no multiple of the VAE's factor f.
     """
+    _refuse_options(options)
     prompts, x_0, eps, ts = _begin(model, prompts, image, strength, steps, sampler, generator)
     options |= {"x_T": model.schedule.add_noise(x_0, eps, ts[0]), "start": steps - len(ts)}
     yield from sample(model, prompts, steps, sampler=sampler, generator=generator, **options)
@@ -65,6 +66,7 @@ def in_region(
     if mask.shape[-2:] != image.shape[-2:]:
         found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, image))
         raise ValueError(f"the mask has {found} pixels, the image {expected}; make the mask by to_mask")
+    _refuse_options(options)
     prompts, x_0, eps, ts = _begin(model, prompts, image, strength, steps, sampler, generator)
     inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
     options |= {"x_T": eps, "start": steps - len(ts)}
@@ -145,11 +147,13 @@ def attention_maps(
     (2210.04885).  A word of several vectors has their sum.  ValueError if a prompt is without the word.
     """
     prompts = as_list(prompts)
-    ids = torch.tensor(model.tokenizer.encode(word))
+    ids = torch.tensor(model.tokenizer.encode(word), device="cpu")
     at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
     if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
         raise ValueError(f"{word!r} does not stand in the prompt {without[0]!r}")
-    heat = torch.zeros(len(prompts), *(size or (model.size, model.size)), device=model.device)
+    heat = torch.zeros(
+        len(prompts), *(size or (model.size, model.size)), device=model.device, dtype=torch.float32
+    )
     shapes, hooks = [], []
 
     def record(attention, args, output):
@@ -181,12 +185,20 @@ def overlay(pictures: Tensor, heat: Tensor) -> Tensor:
     return pictures + 0.8 * share * (red - pictures)
 
 
+def _refuse_options(options):
+    """ValueError for options of `sample` that the picture decides."""
+    if given := {"x_T", "start", "size"} & options.keys():
+        raise ValueError(f"{', '.join(sorted(given))} cannot be given: the picture decides it")
+
+
 def _batch(model, prompts, image):
     """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
     prompts = as_list(prompts)
     (height, width), factor = image.shape[-2:], model.vae.factor
     if height % factor or width % factor:
         raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
+    if not image.abs().max() <= 1.01:  # true of NaN, too
+        raise ValueError("the image has values outside of [-1, 1]; make it by to_tensor")
     return prompts, image.expand(len(prompts), *image.shape[-3:])
 
 

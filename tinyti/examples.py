@@ -1,5 +1,6 @@
 """Photos and prompts to batches: what the training loop takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +30,28 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def make_examples(model: LatentDiffusion, name: str, photos: list[Photo], templates, flip=True) -> Examples:
-    """Encode the photos once, both ways round unless `flip` is false, and put the word into the templates."""
-    images = torch.stack([photo.pixels for photo in photos])  # (N, 3, H, W)
-    views = torch.stack([images, images.flip(-1)], 1) if flip else images[:, None]  # (N, flips, 3, H, W)
-    moments = [model.encode_moments(view) for view in views]  # a photo at a time
-    mean, std = (torch.stack(part).float() for part in zip(*moments))
-    prompts = [[fill_template(t, name, photo.caption) for t in templates] for photo in photos]
+def make_examples(
+    model: LatentDiffusion, name: str, photos: list[Photo], templates: Sequence[str], flip: bool = True
+) -> Examples:
+    """Encode the photos once, both ways round unless `flip` is false, and put the word into the templates.
+
+    ValueError for no photo, no template, or a size that the model does not take.
+    """
+    if not photos or not templates or isinstance(templates, str):
+        raise ValueError(
+            f"{len(photos)} photos and the templates {templates!r:.100}; expected lists, not empty"
+        )
+    moments, prompts = [], []
+    for photo in photos:  # one by one: a thousand of them would not fit into memory at once
+        model.check_size(*photo.pixels.shape[-2:])
+        views = [photo.pixels, photo.pixels.flip(-1)] if flip else [photo.pixels]
+        moments.append(model.encode_moments(torch.stack(views)))  # each (flips, C, h, w)
+        caption = photo.caption
+        if caption and model.tokenizer.has_word(caption, name):  # it says itself where the word stands
+            prompts.append([caption] * len(templates))
+        else:
+            prompts.append([fill_template(template, name, caption) for template in templates])
+    mean, std = (torch.stack(part) for part in zip(*moments))
     return Examples(mean, std, prompts)
 
 
@@ -53,10 +69,10 @@ def draw_batch(
     span, instead of random ones.
     """
     pictures, flips, *shape = examples.mean.shape
-    i = torch.randint(pictures, (size,), generator=generator)
-    j = torch.randint(flips, (size,), generator=generator)
-    k = torch.randint(len(examples.prompts[0]), (size,), generator=generator)
-    u = torch.rand(size, generator=generator)
+    i = torch.randint(pictures, (size,), generator=generator, device="cpu")
+    j = torch.randint(flips, (size,), generator=generator, device="cpu")
+    k = torch.randint(len(examples.prompts[0]), (size,), generator=generator, device="cpu")
+    u = torch.rand(size, generator=generator, device="cpu", dtype=torch.float32)
     z, eps = (copy_to(randn((size, *shape), generator), model.device) for _ in range(2))
     view = copy_to(i * flips + j, model.device)
     mean, std = examples.mean.flatten(0, 1)[view], examples.std.flatten(0, 1)[view]
@@ -102,6 +118,10 @@ def read_templates(file: str | Path) -> list[str]:
     if without := next((line for line in templates if "{}" not in line), None):
         number = lines.index(without) + 1
         raise ValueError(f"{file}, line {number}: '{without}' has no {{}} for the word")
+    if long := next((line for line in templates if len(line) > 1000), None):
+        raise ValueError(
+            f"{file}, line {lines.index(long) + 1}: {len(long):,} letters; a prompt has 75 tokens"
+        )
     if not templates:
         raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
     return templates

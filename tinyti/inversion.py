@@ -56,7 +56,10 @@ class Inversion:
         self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
     ):
         function, default = OPTIMIZERS[optimizer]
-        self.optimizer = partial(function, lr=default if lr is None else lr)
+        lr = default if lr is None else lr
+        if not 0 < lr < math.inf:
+            raise ValueError(f"the learning rate is {lr}; it must be a number above 0")
+        self.optimizer = partial(function, lr=lr)
         if function is whitened:
             lengths = model.text.table.float().norm(dim=-1)
             longest = concept.norm().max().item()  # a start may be longer than the cap
@@ -114,7 +117,12 @@ class Inversion:
         return _to({"start": self.start, "evaluations": self.evaluations, "log": log} | point, "cpu")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given."""
+        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
+
+        ValueError for what is no state of such a word.
+        """
+        if not _is_state(saved, *self.start.shape):
+            raise ValueError(f"it is no state of vectors of shape {tuple(self.start.shape)}")
         saved = _to(saved, self.start.device)
         self.start, self.evaluations, self.log = saved["start"], [*saved["evaluations"]], [*saved["log"]]
         self.point = Point(saved["step"], saved["path"], saved["word"], saved["memory"], saved["scale"])
@@ -138,6 +146,9 @@ def invert(
     evaluation is not a finite number.  The draws of a step depend on `seed` and the step's number alone, so a
     run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
+    if batch_size < 1 or accumulate < 1 or not 0 <= span[0] < span[1] <= 1:
+        found = f"batch_size {batch_size}, accumulate {accumulate} and span {span}"
+        raise ValueError(f"{found}; expected at least 1, at least 1, and 0 <= low < high <= 1")
     compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
     evaluate_on_time(model, state, examples, seed, span)
     while state.step < steps and math.isfinite(state.evaluations[-1]):
@@ -209,7 +220,7 @@ def evaluate(
 ) -> float:
     """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
     generator = Generator().manual_seed(seed + 2**62)  # not a step's
-    quantiles = (torch.arange(size) + 0.5) / size
+    quantiles = (torch.arange(size, device="cpu", dtype=torch.float32) + 0.5) / size
     return losses(model, draw_batch(model, examples, size, generator, span, quantiles)).mean().item()
 
 
@@ -219,7 +230,7 @@ def evaluate_on_time(
     """Evaluate the word at every EVALUATE_EVERY-th step, once; all processes take the first one's value."""
     due = state.step % EVALUATE_EVERY == 0
     if due and len(state.evaluations) <= state.step // EVALUATE_EVERY:
-        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device)
+        value = torch.tensor(evaluate(model, examples, seed, span), device=model.device, dtype=torch.float32)
         if dist.is_initialized():  # so that all agree when to end, down to the rounding
             dist.broadcast(value, 0)
         state.evaluations.append(value.item())
@@ -228,6 +239,8 @@ def evaluate_on_time(
 def diagnose(state: Inversion) -> str | None:
     """Why the word is not to be trusted, in a line; None if it has learned something."""
     first, last = state.evaluations[0], state.evaluations[-1]
+    if not state.is_finite() and state.step == 0:
+        return "the loss is not a number from the start; check the weights, or take another --precision"
     if not state.is_finite():
         return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
     if torch.equal(state.vectors, state.start):
@@ -235,6 +248,24 @@ def diagnose(state: Inversion) -> str | None:
     if last >= first:
         return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
     return None
+
+
+def _is_state(saved: Any, n: int, D: int) -> bool:
+    """Whether these are the values of a `state_dict` of n vectors of width D."""
+    memory = {"moment": [(n, D), (n, D, D)], "momentum": [(n, D)], "root": [(n, D, D)]}
+    try:
+        step, log, evaluations = saved["step"], saved["log"], saved["evaluations"]
+        tensors = [(saved[name], [(n, D)]) for name in ("start", "path", "word")]
+        tensors += [(x, memory[name]) for name, x in saved["memory"].items() if name != "step"]
+        return (
+            all(tuple(x.shape) in allowed and x.dtype == torch.float32 for x, allowed in tensors)
+            and len(tensors) >= (5 if step else 3)
+            and log.shape == (step, 3)
+            and all(isinstance(value, float) for value in (saved["scale"], *evaluations))
+            and isinstance(saved["memory"].get("step", 0), int)
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def _to(saved: Any, device: str | torch.device) -> Any:

@@ -1,5 +1,6 @@
 """A latent diffusion model whole: its parts, and the ways from pictures and prompts into it and out again."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +62,15 @@ class LatentDiffusion:
     def add_word(self, name: str, vectors: Tensor) -> Concept:
         """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
 
-        ValueError if the vectors are not as wide as the model's, or the name is taken or cannot be a word.
+        ValueError if the vectors are not as wide as the model's, not finite or too many for a prompt, or the
+        name is taken or cannot be a word.
         """
         width, shape = self.text.table.shape[1], tuple(vectors.shape)
         if len(shape) != 2 or shape[1] != width:
             raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
+        places = self.tokenizer.length - 2
+        if not 1 <= shape[0] <= places or not vectors.isfinite().all():
+            raise ValueError(f"{name!r} has {shape[0]} vectors, or NaN; expected 1 to {places} finite ones")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -127,6 +132,8 @@ def load(
     path = Path(path)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         raise ValueError("fp16 is for GPUs; on the CPU take torch.float32, or torch.bfloat16 to save memory")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype is {dtype}; it is torch.float32, bfloat16, float16 or float64")
     if prediction not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")
     if not path.exists():
@@ -186,6 +193,8 @@ def sample(
     `model.decode`.  ValueError for a size, a sampler or steps that do not exist.
     """
     prompts = as_list(prompts)
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}; it must be a finite number")
     if x_T is None:
         size = model.size if size is None else size
         height, width = (size, size) if isinstance(size, int) else size

@@ -5,6 +5,7 @@ vocabulary never changes, and a name such as `*` or `cat` costs the model nothin
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ BERT_SPECIAL = {
     "mask_token": "[MASK]",
 }
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MOST_BYTES = 64 * 2**20  # of a vocabulary's file
 LETTER = r"[\p{L}\p{N}_*]"  # what continues a word
 BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # and all that can be joined to it
 
@@ -91,10 +93,10 @@ class Tokenizer:
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """The ids of one or more prompts, (B, length): start, ids, end, padding; the end is never cut off."""
         prompts = as_list(prompts)
-        batch = torch.full((len(prompts), self.length), self.pad)
+        batch = torch.full((len(prompts), self.length), self.pad, device="cpu")
         for row, prompt in zip(batch, prompts):
             ids = [self.start, *self.encode(prompt)[: self.length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = torch.tensor(ids, device="cpu")
         return batch
 
     def encode(self, text: str) -> list[int]:
@@ -105,6 +107,18 @@ class Tokenizer:
             start = end
         return ids + self._encode_plain(text[start:])
 
+    def has_word(self, text: str, name: str) -> bool:
+        """Whether a registered word stands in a text, by the rule of `add`."""
+        return any(found == name for found, _ in self._find_words(text))
+
+    def without_words(self, text: str) -> str:
+        """A text with a space in the place of every learned word."""
+        rest, start = "", 0
+        for _, (begin, end) in self._find_words(text):
+            rest += text[start:begin] + " "
+            start = end
+        return rest + text[start:]
+
     def _encode_plain(self, text):
         return self.core.encode(text, add_special_tokens=False).ids
 
@@ -112,10 +126,14 @@ class Tokenizer:
         """The learned words in a text, by the rule of `add`: [(word, (begin, end)), ...]."""
         if not self.words:
             return []
-        words = "|".join(re.escape(word) for word in sorted(self.words, key=len, reverse=True))
+        # A text may spell é as one character or as two; either means the word.
+        forms = {unicodedata.normalize(f, word): word for word in self.words for f in ("NFC", "NFD")}
+        forms |= {word: word for word in self.words}
+        words = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
         # \y is where one visible character ends and the next begins
         rule = rf"\y(?<!{BEFORE})(?<!{BEFORE}['’])(?:{words})\y(?!{LETTER})"
-        return pre_tokenizers.Split(Regex(rule), behavior="removed", invert=True).pre_tokenize_str(text)
+        split = pre_tokenizers.Split(Regex(rule), behavior="removed", invert=True)
+        return [(forms[found], place) for found, place in split.pre_tokenize_str(text)]
 
     def add(self, word: str, n: int = 1) -> list[int]:
         """Register a learned word and return its `n` consecutive ids.
@@ -127,9 +145,10 @@ class Tokenizer:
 
         Raises ValueError for an empty word, white space in it, a word added before, or n < 1.
         """
-        if not word or any(character.isspace() for character in word):
-            raise ValueError(f"a learned word must be non-empty and without white space, got {word!r}")
-        if word in self.words:
+        if not word or any(c.isspace() or unicodedata.category(c) in ("Cc", "Cs") for c in word):
+            found = f"a learned word must be non-empty and without white space, got {word!r}"
+            raise ValueError(f"{found}; give it another name (sample.py: --words NAME=PATH)")
+        if unicodedata.normalize("NFC", word) in {unicodedata.normalize("NFC", w) for w in self.words}:
             raise ValueError(f"the learned word {word!r} is registered already; choose another name")
         if n < 1:
             raise ValueError(f"a learned word needs at least one id, got n={n}")
@@ -161,7 +180,13 @@ class Tokenizer:
 
 def _read_core(folder: Path, config: dict) -> Core:
     """The vocabulary of a folder, with the tokens that were added after its training."""
+    for file in folder.glob("*"):
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"{file.name} has {size:,} bytes, expected at most {MOST_BYTES:,}")
     if (folder / "tokenizer.json").is_file():  # the whole
+        steps = (_settings(folder, "tokenizer.json").get("normalizer") or {}).get("normalizers", [])
+        if len(steps) > 8:  # each may double the length of a text
+            raise ValueError(f"its text passes {len(steps)} normalizers, expected at most 8")
         core = Core.from_file(str(folder / "tokenizer.json"))
         core.no_truncation()
         core.no_padding()

@@ -24,6 +24,8 @@ from ..networks.vae import VAE, VAEConfig
 from ..networks.vision import CLIP, CLIPConfig, Preprocessing, VisionConfig
 from .tensors import explain_errors, read_tensors
 
+MOST_JSON = 2**20  # bytes of a configuration
+MOST_BLOCKS = 16  # resolutions of a network
 DOWNLOAD = (
     "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir weights/sd15 "
     '--include "*.json" --include "*.txt" --include "[tuv]*/*model.safetensors"'
@@ -276,6 +278,8 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; download the whole model folder (weights/README.md)")
     with explain_errors(path, "JSON object", "download it again"):
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, expected at most {MOST_JSON:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -311,7 +315,11 @@ def fits(value, kind: type, most: int) -> bool:
     if isinstance(kind, UnionType):
         return any(fits(value, one, most) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(fits(v, get_args(kind)[0], most) for v in value)
+        return (
+            isinstance(value, tuple)
+            and len(value) <= MOST_BLOCKS
+            and all(fits(v, get_args(kind)[0], most) for v in value)
+        )
     if kind is float:
         return type(value) in (int, float) and 0 < value < math.inf
     if kind is int:

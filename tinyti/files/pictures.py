@@ -1,7 +1,10 @@
 """Pictures: files of photos, masks and captions, PIL images, and tensors in [-1, 1]."""
 
+import io
+import os
 import struct
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +14,31 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
+from .tensors import one_line
+
+with suppress(ImportError):  # tinyti[heic]: photos of an iPhone
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 # No EPS, PDF or WMF among them, which Pillow hands to other programs.
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
+FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
+
+# First bytes (from an offset) of pictures that are not read here, and how to have them read.
+EXPORT = "export it as JPEG or PNG"
+NOT_READ = [
+    (4, b"ftyphei", f"a HEIC photo; pip install pillow-heif, or {EXPORT}"),
+    (4, b"ftypmif1", f"a HEIC photo; pip install pillow-heif, or {EXPORT}"),
+    (4, b"ftypcrx", f"a raw photo, which is not read; {EXPORT}"),
+    (0, b"FUJIFILMCCD-RAW", f"a raw photo, which is not read; {EXPORT}"),
+    (0, b"8BPS", f"a Photoshop file, which is not read; {EXPORT}"),
+    (0, b"gimp xcf", f"a GIMP file, which is not read; {EXPORT}"),
+    (0, b"\0\0\1\0", f"an icon, which is not read; {EXPORT}"),
+    (0, b"<svg", f"an SVG drawing, which is not read; {EXPORT}"),
+    (0, b"%PDF", f"a PDF, which is not read; {EXPORT}"),
+]
+SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MOST_TEXT = 2**20  # bytes of a caption or of a file of templates
 
 # What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
 DAMAGED = (
@@ -50,15 +76,16 @@ class Photo(NamedTuple):
 def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
-    `cat.txt` beside `cat.jpg` is its caption.  Subfolders are ignored, other files and damaged pictures are
+    `cat.txt` beside `cat.jpg` is its caption.  Pictures in subfolders, other files and damaged pictures are
     passed over.  Returns the photos, `size` pixels square, and one line for each thing passed over.
     FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or a caption
-    that is not UTF-8 text.
+    that is no text.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"No such folder: {folder}; give a folder with a few pictures of one thing")
-    files = sorted(f for f in folder.iterdir() if not f.is_dir()) if folder.is_dir() else [folder]
+    entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    files = [entry for entry in entries if not entry.is_dir()]
     captioned = {file.stem for file in files if file.suffix != ".txt"}
     photos, passed_over = [], []
     for file in files:
@@ -67,15 +94,28 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         try:
             pixels = to_tensor(read_image(file), size)
         except (OSError, ValueError) as error:
-            passed_over.append(" ".join(str(error).splitlines()))
+            passed_over.append(one_line(error))
         else:
             caption = file.with_suffix(".txt")
             text = " ".join(read_text(caption).split()) if caption.is_file() else ""
             photos.append(Photo(file, pixels, text or None))
+    for subfolder in (entry for entry in entries if entry.is_dir()):
+        if count := count_pictures(subfolder):
+            found = f"{count} picture{'s' * (count > 1)} in the subfolder {subfolder.name}"
+            passed_over.append(one_line(f"{found} (give {subfolder} to learn from these)"))
     if not photos:
         found = "; ".join(passed_over[:3]) or "nothing"
         raise ValueError(f"No readable picture in {folder}; give a folder with a few of them (found {found})")
     return photos, passed_over
+
+
+def count_pictures(folder: Path) -> int:
+    """How many files in a folder and below it are named like pictures; hidden folders are left out."""
+    count = 0
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += sum(Path(name).suffix.lower() in SUFFIXES for name in files)
+    return 0 if folder.name.startswith(".") else count
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -86,20 +126,45 @@ def read_image(file: str | Path) -> Image.Image:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without some
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on large and on odd pictures
-            with Image.open(file, formats=formats) as image:
-                picture = to_rgb(image)
-                # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
-                turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
-                return picture if turn is None else picture.transpose(turn)
+            try:
+                return _open(file)
+            except ValueError as error:
+                if "MAX_TEXT" not in str(error):
+                    raise
+                return _open(io.BytesIO(_without_text(Path(file).read_bytes())))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{file}: not a picture") from error
+        with open(file, "rb") as stream:
+            head = stream.read(64)
+        kinds = [kind for offset, start, kind in NOT_READ if head[offset:].startswith(start)]
+        raise ValueError(f"{file}: {kinds[0] if kinds else 'not a picture'}") from error
     except DAMAGED as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
+
+
+def _open(file):
+    """One picture as upright RGB; errors as Pillow raises them."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without some
+    with Image.open(file, formats=formats) as image:
+        picture = to_rgb(image)
+        # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
+        turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
+        return picture if turn is None else picture.transpose(turn)
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without its texts and colour profile: Pillow refuses texts of more than 1 MB."""
+    kept, place = [png[:8]], 8
+    while place + 8 <= len(png):
+        length = int.from_bytes(png[place : place + 4], "big")
+        chunk = png[place : place + 12 + length]  # length, kind, data, check sum
+        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(chunk)
+        place += len(chunk)
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -122,18 +187,27 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))  # resize(box=...) would mix in what is outside
     levels = np.array(square.resize((size, size), Image.Resampling.BICUBIC))  # (size, size, 3)
-    return torch.from_numpy(levels).permute(2, 0, 1).contiguous() / 127.5 - 1
+    return torch.from_numpy(levels).permute(2, 0, 1).float().contiguous() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """The way back: (3, H, W), values outside [-1, 1] clipped."""
-    levels = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    """The way back: (3, H, W), values outside [-1, 1] clipped; FloatingPointError for NaN and infinity."""
+    pixels = pixels.detach().float().cpu()
+    if not pixels.isfinite().all():
+        hint = "compute in fp32 or bf16, lower the guidance, or check the weights and the words"
+        raise FloatingPointError(f"the picture is not made of finite numbers; {hint}")
+    levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def read_text(file: Path) -> str:
-    """The text in a UTF-8 file; ValueError for another encoding."""
+    """The text in a file, UTF-8 or UTF-16 with its mark; ValueError for another encoding or a large file."""
+    if (size := file.stat().st_size) > MOST_TEXT:
+        raise ValueError(f"{file}: {size:,} bytes of text, expected at most {MOST_TEXT:,}")
+    data = file.read_bytes()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from error
+        found = f"not UTF-8 text (byte {error.start})"
+        raise ValueError(f"{file}: {found}; save the file as UTF-8 in a text editor") from error

@@ -92,6 +92,11 @@ def unpickle(source: Path | bytes):
         return io.BytesIO(source) if isinstance(source, bytes) else source
 
     zipped = zipfile.is_zipfile(stream())  # files from before torch 1.6 are not, and cannot be mapped
+    if zipped:
+        with zipfile.ZipFile(stream()) as archive:
+            entries = archive.infolist()
+        if any(entry.file_size > entry.compress_size + 2**20 for entry in entries):
+            raise ValueError("its contents are compressed, as torch.save never does")
     names = torch.serialization.get_unsafe_globals_in_checkpoint(stream()) if zipped else []
     stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
     try:

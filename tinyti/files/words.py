@@ -25,6 +25,8 @@ MODELS = {768: "SD1", 1024: "SD2", 1280: "LDM"}  # the model that a width belong
 MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
 MOST_WIDTH = 8192  # a damaged file can describe a tensor far larger than itself
 MOST_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
+MOST_PICKLE = 16 * 2**20  # a safetensors file may hold LoRA weights beside the word, a pickle does not
+MOST_WORDS = 1000  # in one file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
 
@@ -51,6 +53,8 @@ def read_words(
     """
     file = _find(Path(path))
     found = _find_words(_load(file), file, warn)
+    if len(found) > MOST_WORDS:
+        raise _refusal(file, f"{len(found):,} words", f"at most {MOST_WORDS:,} words")
     words = {word: _check(tensor, word, file) for word, tensor in found.items()}
     widths = sorted({vectors.shape[1] for vectors in words.values()})
     if len(widths) > 1:
@@ -92,10 +96,10 @@ def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
 
 def check_name(word: str) -> None:
     """Refuse a name under which `read` would not give the word back: ValueError."""
-    if not _is_name(word) or word in RESERVED:
+    if not _is_name(word) or any(c.isspace() for c in word) or word in RESERVED:
         raise ValueError(
-            f"{word!r:.80} cannot be the name of a learned word; expected printable characters, and "
-            f"not a key of the file formats ({', '.join(RESERVED)})"
+            f"{word!r:.80} cannot be the name of a learned word; expected printable characters, no white "
+            f"space, and not a key of the file formats ({', '.join(RESERVED)})"
         )
 
 
@@ -148,6 +152,8 @@ def _load(file: Path):
     if (size := file.stat().st_size) > MOST_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
+    if size > MOST_PICKLE and data[8:9] != b"{" and not data.startswith(PICTURES):
+        raise _refusal(file, f"a pickle of {size / 2**20:,.0f} MiB, the size of a model")
     if data.startswith(PICTURES) and b"sd-ti-embedding" not in data:
         advice = "saving a picture anew loses it; ask for the original, or a .pt"
         raise _refusal(file, "a picture without a word's data", advice=advice)
@@ -175,7 +181,9 @@ def _parse(data: bytes):
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             text = base64.b64decode(image.text["sd-ti-embedding"])
         tensor = "TORCHTENSOR"
-        contents = json.loads(text, object_hook=lambda x: torch.tensor(x[tensor]) if tensor in x else x)
+        contents = json.loads(
+            text, object_hook=lambda x: torch.tensor(x[tensor], dtype=torch.float32) if tensor in x else x
+        )
         words = contents["string_to_param"]
         if "*" in words and contents.get("name"):
             words[contents["name"]] = words.pop("*")  # of a picture it is the name inside that counts
@@ -222,14 +230,16 @@ def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
         raise _refusal(file, f"the key {word!r}")
     if not isinstance(tensor, Tensor):
         raise _refusal(file, f"'{word}' of the type {type(tensor).__name__}")
+    kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+    if tensor.is_nested:  # before anything else is asked of it
+        raise _refusal(file, f"'{word}' of several shapes ({kind})")
     vectors = tensor.detach()[None] if tensor.ndim == 1 else tensor.detach()  # (n, D)
     n, width = vectors.shape if vectors.ndim == 2 else (0, 0)
     is_plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
     if not (is_plain and 1 <= n <= MOST_VECTORS and 1 <= width <= MOST_WIDTH):
-        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
         raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)} ({kind})")
     vectors = vectors.to("cpu", torch.float32).contiguous()
-    if not vectors.isfinite().all():
+    if not vectors.norm(dim=1).isfinite().all():  # finite numbers, too, may have an infinite length
         raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
     return vectors
 

@@ -51,7 +51,8 @@ class Attention(nn.Module):
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timesteps t (B,) -> (B, dim) in fp32: cosines first, then sines (dim is even)."""
-    frequencies = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
+    steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(steps * (-math.log(10_000) / (dim // 2)))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

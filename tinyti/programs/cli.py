@@ -1,13 +1,17 @@
 """What the command lines share: the model's flags, the device, types of arguments, and errors in one line."""
 
 import argparse
-import io
 import math
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +20,8 @@ from tqdm import tqdm
 from ..files.tensors import one_line
 from ..model import LatentDiffusion, load
 from .miniature import TINY
+
+MOST_LETTERS = 10_000  # of a text in the command line; a prompt has room for 75 tokens
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,9 +57,18 @@ def number_type(low: float, high: float, kind: type = float) -> Callable[[str], 
 
 
 def text_type(given: str) -> str:
-    """The type of a flag: not blank, without control characters, and what Unicode can write."""
-    if not given.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
-        raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank or has characters that are no text")
+    """The type of a flag: not blank, without control characters, not endless, and what Unicode can write."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank")
+    return any_text_type(given)
+
+
+def any_text_type(given: str) -> str:
+    """The type of a flag: like `text_type`, but it may be blank."""
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} has characters that are no text")
+    if len(given) > MOST_LETTERS:
+        raise argparse.ArgumentTypeError(f"{given[:40]!a}... has {len(given):,} letters; take fewer")
     return given
 
 
@@ -129,8 +144,24 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
 
 def short_path(path: str | Path) -> Path:
     """A path as the user would write it here."""
-    path, here = Path(path).resolve(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    path = Path(os.path.abspath(path))
+    with suppress(OSError):  # the working folder may be gone
+        if path.is_relative_to(Path.cwd()):
+            return path.relative_to(Path.cwd())
+    return path
+
+
+def shell_command(words: list[str]) -> str:
+    """A command line that the platform's shell reads as these words, in double quotes where possible."""
+    return " ".join(_quote(word) for word in words)
+
+
+def _quote(word):
+    if re.fullmatch(r"[\w./:=@+,-]+", word, re.ASCII):
+        return word
+    if not re.search(r"""["'`$\\!%^&|<>\n]""", word):
+        return f'"{word}"'
+    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
 
 
 def is_main_process() -> bool:
@@ -138,27 +169,116 @@ def is_main_process() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
-def say(message: str) -> None:
+def say(message: object) -> None:
     """A line for the user, above the progress bar."""
     if is_main_process():
         tqdm.write(one_line(message), file=sys.stderr)
 
 
-def run_program(program: str, function: Callable[[], int]) -> int:
-    """Call function() -> exit status; bad input is one line and status 2, Ctrl-C one line and 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal or file in latin-1 must not end a run
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a queue, a container or a notebook service ends the process."""
+
+
+class Tolerant:
+    """A stream for what is told about the work: where it cannot be written, the work goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with suppress(
+            AttributeError, ValueError, OSError
+        ):  # a terminal or file in latin-1 must not end a run
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def isatty(self) -> bool:
+        return bool(self._try(lambda: self.stream.isatty()))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, action):
+        try:
+            return action() if self.stream is not None else None
+        except (OSError, ValueError):  # full, closed by its reader, or closed by us
+            with suppress(Exception):  # or Python would complain of the same at its end
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+
+@contextmanager
+def tolerant_streams() -> Iterator[None]:
+    """Let no closed or full stdout or stderr end the work."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Tolerant(stream) for stream in streams)
     try:
-        return function()
-    except KeyboardInterrupt as interrupt:
-        error, status = interrupt if interrupt.args else "interrupted", 130
-    except (ValueError, OSError) as problem:
-        error, status = problem, 2
-    except (RuntimeError, MemoryError) as problem:
-        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
-            raise
-        error, status = "out of memory; take a smaller --size, --batch-size or --count, or --accumulate", 2
-    print(f"{program}: {one_line(error)}", file=sys.stderr)
-    return status
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+
+
+@contextmanager
+def interrupting_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM interrupt the work, unless the caller ignores or handles them himself."""
+
+    def terminate(*_):
+        raise Terminated
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+        for number, handler in wanted.items():
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_program(program: str, function: Callable[[], int]) -> int:
+    """Call function() -> exit status, and turn what ends it early into one line and a status.
+
+    2: bad input; 1: a result that is of no use; 130: Ctrl-C; 143: SIGTERM.
+    """
+    with tolerant_streams():
+        try:
+            with interrupting_signals():
+                return function()
+        except Terminated as interrupt:
+            error, status = interrupt if interrupt.args else "terminated", 143
+        except KeyboardInterrupt as interrupt:
+            error, status = interrupt if interrupt.args else "interrupted", 130
+        except FloatingPointError as problem:
+            error, status = problem, 1
+        except (ValueError, OSError) as problem:
+            error, status = problem, 2
+            if not is_main_process():  # the first process says the same
+                return status
+        except (RuntimeError, MemoryError) as problem:
+            error, status = explain_runtime_error(problem), 2
+            if error is None:
+                raise
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        return status
+
+
+def explain_runtime_error(error: Exception) -> str | None:
+    """A line on what PyTorch raises where memory or another process is missing; None for anything else."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "memory" in text:
+        size = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)
+        found = f"out of memory ({size[1]} more were asked for)" if size else "out of memory"
+        return f"{found}; take a smaller --size, --batch-size or --count, or --accumulate"
+    if re.search(r"gloo|nccl|connection|peer|store", text, re.IGNORECASE) and "RANK" in os.environ:
+        return f"process {os.environ['RANK']} stops, because another process of torchrun has ended"
+    return None

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of train.py
+if not (ROOT / "weights" / "tiny").is_dir():  # an installed package lies elsewhere
+    ROOT = Path.cwd()
 TINY = ROOT / "weights" / "tiny"
 GUIDANCE = 3.0  # default for weights/tiny; higher values make learned words less recognisable
 

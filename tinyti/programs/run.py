@@ -1,12 +1,14 @@
 """A run on disk: one file that is the run, written whole or not at all, and the files that show it."""
 
-import argparse
 import hashlib
 import io
 import json
 import os
-import pickle
 import re
+import tempfile
+import time
+import unicodedata
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from ..files.pictures import Photo, to_image
-from ..files.whole import atomic_write
+from ..files.whole import atomic_write, remove_temporaries
 from ..files.words import write_words
-from ..inversion import EVALUATE_EVERY, Inversion
+from ..inversion import EVALUATE_EVERY, OPTIMIZERS, Inversion
 from ..model import LatentDiffusion, sample
+from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
 from .sheet import draw_sheet
 
 FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
+FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
+MOST_BYTES = 2 * 2**30  # of a state.pt
 PREVIEWS = (
     "a photo of {}",
     "a photo of {} on the beach",
@@ -39,31 +44,45 @@ STYLE_PREVIEWS = (
     "a boat on the beach in the style of {}",
 )
 PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
+SAVE_STATE_EVERY = 10  # steps, without drawing
 MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device", "gradient_checkpointing"}
+# Named by a path, but compared by what is there: `fingerprint`.
+BY_CONTENT = {"images", "templates", "weights", "tokenizer"}
 
 
 class Run:
     """A run's folder.  state.pt is the run; the other files show it, and are written after it.
 
-    As a context it holds the folder against other runs, and saves the word if Ctrl-C ends the block.
+    As a context it locks the folder, and saves the word if Ctrl-C or SIGTERM ends the block.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, model: LatentDiffusion, state: Inversion, photos: list[Photo]
-    ):
-        name = re.sub(r"[^\w-]", "", args.token) or "-".join(f"u{ord(c):x}" for c in args.token)
-        self.folder = Path(args.out or ROOT / "words" / name)
+    def __init__(self, args, model: LatentDiffusion, state: Inversion, photos: list[Photo], templates):
+        self.folder = Path(args.out or ROOT / "words" / folder_name(args.token))
         self.args, self.model, self.state, self.photos = args, model, state, photos
         self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+        self.fingerprint = take_fingerprint(model, photos, templates)
         self.previews = {0: state.vectors}  # the vectors at PREVIEW_STEPS
         self.rows = {}  # the pictures of them, drawn when they are first shown
         self.handle = None  # of the locked folder
+        self.created = []  # the folders that this run has made
+        self.saved_step = None  # of the state.pt that is there
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.problem = None  # with the sheet of pictures
         if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
             self._resume()
-        elif not args.force and any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
+        elif not args.force:
+            self._refuse_to_replace()
+
+    def _refuse_to_replace(self):
+        """ValueError if a file that the run would write is there."""
+        if any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
             raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
+        there = [name for name in FILES if os.path.lexists(self.folder / name)]
+        if files := [name for name in there if not (self.folder / name).is_dir()]:
+            found = f"{self.folder} has a file {files[0]}, which would be replaced"
+            raise ValueError(f"{found}; take --force or another --out")
 
     def _resume(self):
         """Take up the state of the folder."""
@@ -71,13 +90,44 @@ class Run:
         if not file.is_file():
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
         saved = read_state(file)
-        pairs = [(name, repr(saved["settings"].get(name)), repr(now)) for name, now in self.settings.items()]
-        if other := "; ".join(f"{name} was {a:.40} and is {b:.40}" for name, a, b in pairs if a != b):
+        before, now = (self._meaning(settings) for settings in (saved["settings"], self.settings))
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        if changed:
+            other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
             raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
-        self.state.load_state_dict(saved["word"])
+        if difference := compare_fingerprints(saved.get("fingerprint"), self.fingerprint):
+            raise ValueError(f"--resume: {difference} than before; take --force to begin anew")
+        try:
+            self.state.load_state_dict(saved["word"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(file) from None
         self.previews = {step: vectors.to(self.model.device) for step, vectors in saved["previews"].items()}
+        self.saved_step = self.state.step
+
+    def _meaning(self, settings: dict) -> dict:
+        """Settings as they are meant: defaults filled in, one spelling for a name."""
+        meant = {name: value for name, value in settings.items() if name not in BY_CONTENT}
+        defaults = {
+            "lr": OPTIMIZERS.get(settings.get("optimizer"), (None, None))[1],
+            "size": self.model.size,
+            "clip_skip": 1,
+            "prediction": self.model.schedule.prediction_type,
+        }
+        for name, default in defaults.items():
+            if meant.get(name) is None:
+                meant[name] = default
+        if meant.get("precision") is None:
+            meant["precision"] = pick_device(self.args.device)[1]
+        else:
+            meant["precision"] = pick_device("cpu", meant["precision"])[1]
+        meant["token"] = unicodedata.normalize("NFC", str(meant.get("token")))
+        return meant
 
     def __enter__(self):
+        for folder in (self.folder, *self.folder.parents):
+            if folder.exists():
+                break
+            self.created.append(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(ImportError):
             import fcntl  # not on Windows, where nothing keeps two runs apart
@@ -88,33 +138,58 @@ class Run:
             except OSError:
                 os.close(self.handle)
                 raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
+        remove_temporaries(self.folder)
+        try:
+            tempfile.TemporaryFile(dir=self.folder).close()  # before the first step, not after the last
+        except OSError as error:
+            self._remove_created()
+            raise OSError(f"{self.folder} cannot be written to ({error}); take another --out") from None
         return self
 
     def __exit__(self, kind, error, traceback):
         try:
-            if kind is KeyboardInterrupt and self.state.step and self.state.is_finite():
+            ended = kind is not None and issubclass(kind, KeyboardInterrupt)
+            if ended and self.state.step and self.state.is_finite():
                 self.save(draw=False)
-                step = self.state.step
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved, --resume goes on") from None
+                raise kind(f"interrupted; step {self.state.step} is saved, --resume goes on") from None
         finally:
             if self.handle is not None:
                 os.close(self.handle)
-            with suppress(OSError):
-                self.folder.rmdir()  # if nothing has been written
+            self._remove_created()
+
+    def _remove_created(self):
+        """Remove the folders that this run has made, if nothing has been written."""
+        with suppress(OSError):
+            for folder in self.created:
+                folder.rmdir()
 
     def keep(self) -> None:
         """After each step: remember what is to be shown of it, and save every so often."""
         self._remember()
-        if self.state.step % self.args.save_every == 0 and self.state.is_finite():
+        step = self.state.step
+        if step % self.args.save_every == 0 and self.state.is_finite():
             self.save()
+        # At most a fiftieth of the time: the state of a long word takes longer than a step of a fast GPU.
+        rested = time.monotonic() - self.saved_at >= 50 * self.save_seconds
+        if step % SAVE_STATE_EVERY == 0 and rested and self.state.is_finite():
+            self.save_state()
+
+    def save_state(self) -> None:
+        """Write state.pt, if it is not there already."""
+        began = time.monotonic()
+        self._remember()  # Ctrl-C may have come before `keep`
+        if self.saved_step != self.state.step:
+            previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
+            saved = {"settings": self.settings, "previews": previews, "word": self.state.state_dict()}
+            write_state(self.folder / "state.pt", saved | {"fingerprint": self.fingerprint})
+            self.saved_step = self.state.step
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - began
 
     def save(self, last: bool = False, draw: bool = True) -> None:
         """Write everything that the folder holds: the state first, then what shows it."""
-        self._remember()  # Ctrl-C may have come before `keep`
+        self.save_state()
         state = self.state.state_dict()
-        previews = {step: vectors.cpu() for step, vectors in self.previews.items()}
-        saved = {"settings": self.settings, "previews": previews, "word": state}
-        write_state(self.folder / "state.pt", saved)
         write_words(self.folder / WORD_FILE, {self.args.token: self.state.vectors})
         with atomic_write(self.folder / "settings.json") as file:
             file.write(json.dumps(self.settings, indent=1).encode())
@@ -124,9 +199,19 @@ class Run:
             for step, (loss, gradient, norm) in enumerate(state["log"].tolist(), 1):
                 file.write(f"{step},{loss},{evaluations.get(step, '')},{gradient},{norm}\n".encode())
         if draw:
+            self._save_sheet(last)
+
+    def _save_sheet(self, last):
+        """Write progress.png; it only shows the run, so what goes wrong with it does not end the run."""
+        self.problem = None
+        try:
+            sheet = self.progress(last)
             with atomic_write(self.folder / "progress.png") as file:
                 # A large sheet in half the time, for a fifth more bytes.
-                self.progress(last).save(file, format="PNG", compress_level=1)
+                sheet.save(file, format="PNG", compress_level=1)
+        except (OSError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+            self.problem = error
+            say(f"progress.png was not written: {error}")
 
     def _remember(self):
         if self.state.step in PREVIEW_STEPS:
@@ -147,11 +232,71 @@ class Run:
     def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
         """A picture for each prompt with these vectors, always from the same noise."""
         self.state.show(vectors)
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        settings = {"steps": 10, "sampler": "dpm++", "generator": generators, "size": self.args.size}
-        *_, x_0 = sample(self.model, prompts, guidance=default_guidance(self.args.weights), **settings)
-        self.state.show(self.state.vectors)
+        try:
+            generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+            settings = {"steps": 10, "sampler": "dpm++", "generator": generators, "size": self.args.size}
+            *_, x_0 = sample(self.model, prompts, guidance=default_guidance(self.args.weights), **settings)
+        finally:
+            self.state.show(self.state.vectors)
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
+
+
+def folder_name(token: str) -> str:
+    """A name for a word's folder, of at most 100 bytes, that every file system takes."""
+    name = re.sub(r"[^\w-]", "", token) or "-".join(f"u{ord(c):x}" for c in token)
+    if len(name.encode()) > 100:
+        digest = hashlib.sha256(token.encode()).hexdigest()[:8]
+        name = f"{name.encode()[:90].decode(errors='ignore')}-{digest}"
+    return name
+
+
+def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> dict:
+    """What tells a model, photos and templates from others, whatever their paths are.
+
+    A model is told by its tensors' names and shapes and four numbers of each.  A photo is told by its file's
+    bytes and, if these differ, by its pixels and its caption.
+    """
+    names, samples = hashlib.sha256(), []
+    for part in (model.unet, model.vae, model.text):
+        for name, tensor in part.state_dict().items():
+            names.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.flatten()
+            samples.append(flat[:: max(1, len(flat) // 4)][:4].float())
+    return {
+        "model": names.hexdigest(),
+        "samples": torch.cat(samples).cpu(),
+        "photos": {photo.file.name: _digest_photo(photo) for photo in photos},
+        "templates": hashlib.sha256("\n".join(templates).encode()).hexdigest(),
+    }
+
+
+def _digest_photo(photo):
+    pixels = photo.pixels.numpy().tobytes() + (photo.caption or "").encode()
+    caption = photo.file.with_suffix(".txt")
+    data = photo.file.read_bytes() + (caption.read_bytes() if caption.is_file() else b"")
+    return [hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels).hexdigest()]
+
+
+def compare_fingerprints(before: dict | None, now: dict) -> str | None:
+    """What is another than before, as the beginning of a sentence; None if nothing is known to be."""
+    if before is None:  # of an earlier version
+        return None
+    samples = before["samples"], now["samples"]
+    is_same = before["model"] == now["model"]  # in names and shapes
+    # Rounding to bf16 or fp16, on another device, is no difference.
+    if not is_same or not torch.allclose(*samples, rtol=5e-3, atol=1e-4):
+        return "the model (--weights) is another one"
+    if before["templates"] != now["templates"]:
+        return "the prompts (--templates) are others"
+    old, new = before["photos"], now["photos"]
+    for name in [*old, *new]:
+        if name not in new:
+            return f"the picture {name} is missing, so the set is another one"
+        if name not in old:
+            return f"the picture {name} is new, so the set is another one"
+        if old[name][0] != new[name][0] and old[name][1] != new[name][1]:
+            return f"the picture {name}, or its caption, is another one"
+    return None
 
 
 def write_state(file: Path, saved: dict) -> None:
@@ -163,11 +308,25 @@ def write_state(file: Path, saved: dict) -> None:
 
 def read_state(file: Path) -> dict:
     """What `write_state` wrote, on the CPU; ValueError for any other bytes, of which no code is run."""
+    if file.stat().st_size > MOST_BYTES:
+        raise _damaged(file)
     data = file.read_bytes()
-    with suppress(pickle.UnpicklingError):
-        if data[-32:] == _digest(data[:-32]):
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    raise ValueError(f"--resume: {file} is damaged, or of another version; start again with --force")
+    if data[-32:] != _digest(data[:-32]):
+        raise _damaged(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        vectors = saved["previews"].values()
+        if not isinstance(saved["settings"], dict) or not all(map(torch.is_tensor, vectors)):
+            raise TypeError
+    except Exception:  # a damaged pickle raises almost anything
+        raise _damaged(file) from None
+    return saved
+
+
+def _damaged(file):
+    return ValueError(f"--resume: {file} is damaged, or of another version; start again with --force")
 
 
 def _digest(data):
