@@ -7,7 +7,14 @@ import copy
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LDMTextToImagePipeline,
+    StableDiffusionPipeline,
+)
 from diffusers import UNet2DConditionModel as TheirUNet
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
@@ -22,6 +29,7 @@ from .conftest import randomise
 # What the original training code of all three families does, as diffusers writes it down.
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
 def clip_vocabulary(folder):
