@@ -73,3 +73,20 @@ def pictures():
         base = np.stack([255 * x / w, 255 * y / h, 128 + 100 * np.sin(x / 7)], axis=-1)
         made.append(Image.fromarray((base + rng.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)))
     return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The miniature, for one file's tests."""
+    return tinyti.load(TINY)
+
+
+def seeded(seeds=0):
+    """A generator, or a list of them for a list of seeds."""
+    return torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else [seeded(s) for s in seeds]
+
+
+def last(steps):
+    """The last of what a generator yields."""
+    *_, x = steps
+    return x

@@ -7,17 +7,29 @@ import copy
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LDMTextToImagePipeline,
+    StableDiffusionPipeline,
+)
 from diffusers import UNet2DConditionModel as TheirUNet
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tinyti.networks.clip import TextConfig
+from tinyti.networks.ldmbert import LDMBertConfig
 
 from .conftest import randomise
 
 # What the original training code of all three families does, as diffusers writes it down.
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
 def clip_vocabulary(folder):
@@ -103,7 +115,7 @@ def tiny_stable_diffusion(family, folder, **scheduler):
 def tiny_ldm(folder, **scheduler):
     """The paper's own model in miniature: 8 heads in the text transformer as in the UNet."""
     size = bert_vocabulary(folder)
-    text = LDMBertConfig(
+    text = TheirBertConfig(
         vocab_size=size, encoder_layers=3, encoder_ffn_dim=80, head_dim=6, d_model=40, dropout=0.0
     )
     return LDMTextToImagePipeline(
@@ -252,3 +264,67 @@ def original(unet, vae, text):
     whole |= {f"cond_stage_model.{k}": w for k, w in text.items()}
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return whole | {"betas": betas, "alphas_cumprod": torch.cumprod(1 - betas, 0), "logvar": 0 * betas}
+
+
+# -- the published sizes -------------------------------------------------------------------------------------
+
+UNET = json.loads("""{
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": false, "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
+                         "DownBlock2D"], "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}""")
+SD2_UNET = UNET | json.loads("""{
+    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": false,
+    "num_class_embeds": null, "only_cross_attention": false, "sample_size": 96, "upcast_attention": true,
+    "use_linear_projection": true}""")
+VAE = json.loads("""{
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D",
+                         "DownEncoderBlock2D"], "in_channels": 3, "latent_channels": 4,
+    "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}""")
+CLIP_TEXT = json.loads("""{
+    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
+    "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408}""")
+OPENCLIP = CLIP_TEXT | json.loads("""{
+    "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 23, "projection_dim": 512}""")
+BERT = json.loads("""{
+    "activation_function": "gelu", "architectures": ["LDMBertModel"], "d_model": 1280, "dropout": 0.1,
+    "encoder_attention_heads": 8, "encoder_ffn_dim": 5120, "encoder_layers": 32, "head_dim": 64,
+    "max_position_embeddings": 77, "model_type": "ldmbert", "num_hidden_layers": 32, "pad_token_id": 0,
+    "scale_embedding": false, "vocab_size": 30522}""")
+
+UNETS = {
+    "sd15": UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd21": SD2_UNET,
+    "ldm": UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280},
+}
+TEXTS = {  # our configuration, their network, the published settings
+    "sd15": (TextConfig, CLIPTextModel, CLIP_TEXT),
+    "sd21": (TextConfig, CLIPTextModel, OPENCLIP),
+    "ldm": (LDMBertConfig, LDMBertModel, BERT),
+}
+
+
+def theirs_on_meta(kind, raw):
+    """A network of theirs with published settings, without memory for its weights."""
+    with torch.device("meta"):
+        if kind is TheirUNet or kind is AutoencoderKL:
+            return kind.from_config(raw)
+        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
+
+
+def random_network(kind, raw):
+    """A network of theirs with published settings and random weights."""
+    network = theirs_on_meta(kind, raw).to_empty(device="cpu")
+    for name, buffer in network.named_buffers():
+        assert name.endswith("position_ids")
+        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+    for name, p in network.named_parameters():
+        torch.nn.init.constant_(p, float(p.ndim == 1 and name.endswith("weight")))
+    return randomise(network).requires_grad_(False)

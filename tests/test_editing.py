@@ -18,15 +18,10 @@ from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, o
 from tinyti.files.pictures import read_image, to_image, to_tensor
 from tinyti.networks.unet import Transformer
 
-from .conftest import CONCEPTS, TINY, relative_error
-from .test_pipeline import SCHEDULERS
+from . import published
+from .conftest import CONCEPTS, TINY, last, relative_error, seeded
 
 PROMPT = "a photo of a red boat in the snow"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tinyti.load(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +39,9 @@ def painted(size=(64, 64), box=(16, 8, 48, 40)):
 def their(kind, sampler):
     plain = StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
     pipeline = kind(**plain.components, requires_safety_checker=False)
-    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = published.SAMPLERS[sampler].from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def last(steps):
-    *_, x = steps
-    return x
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -63,11 +49,11 @@ def seeded(seed=0):
 def test_from_image_is_diffusers_img2img(model, photo, sampler, eta, strength):
     prompts, seeds = [PROMPT, "a painting of a cat"], (3, 4)
     options = {"strength": strength, "num_inference_steps": 12, "guidance_scale": 5.0, "eta": eta}
-    options |= {"generator": [seeded(s) for s in seeds], "output_type": "pt"}
+    options |= {"generator": seeded(seeds), "output_type": "pt"}
     pipeline = their(StableDiffusionImg2ImgPipeline, sampler)
     wanted = pipeline(prompts, image=torch.stack([photo, photo]), **options).images
     settings = {"steps": 12, "guidance": 5.0, "sampler": sampler, "eta": eta}
-    path = list(from_image(model, prompts, photo, strength, generator=[seeded(s) for s in seeds], **settings))
+    path = list(from_image(model, prompts, photo, strength, generator=seeded(seeds), **settings))
     assert len(path) == int(12 * strength)
     assert wanted.std() > 0.1
     assert (wanted - (model.decode(path[-1]) + 1) / 2).abs().max() <= 1 / 255
@@ -234,19 +220,22 @@ def test_an_overlay_is_red_where_the_heat_is_and_the_picture_where_there_is_leas
     torch.testing.assert_close(drawn[0, :, 1, 2], 0.6 * pictures[0, :, 1, 2] + 0.4 * red)
 
 
-@pytest.mark.parametrize("act, message", [
-    (lambda m, p: from_image(m, "a cat", p, strength=0.0), "strength is 0.0 of 50 steps"),
-    (lambda m, p: from_image(m, "a cat", p, strength=1.5), "strength is 1.5"),
-    (lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5), "leave a step"),
-    (lambda m, p: from_image(m, "a cat", p[:, :30]), "30×64 pixels; both must be multiples of 4"),
-    (lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)), "mask has 32×64 pixels, the image 64×64"),
-    (lambda m, p: ddim_invert(m, "a cat", p, steps=2000), "steps is 2000"),
-    (lambda m, p: ddim_invert(m, "a cat", p, iterations=0), "iterations is 0"),
-    (lambda m, p: to_mask(Image.new("L", (9, 9)), 64), "black everywhere"),
-    (lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2), "less than 5 pixels"),
-    (lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64), "white everywhere"),
-    (lambda m, p: attention_maps(m, ["a dog", "a cat"], "dog").__enter__(), "'dog' does not .* 'a cat'"),
-])  # fmt: skip
-def test_bad_requests_are_named(model, photo, act, message):
+REFUSED = {
+    "strength is 0.0 of 50 steps": lambda m, p: from_image(m, "a cat", p, strength=0.0),
+    "strength is 1.5": lambda m, p: from_image(m, "a cat", p, strength=1.5),
+    "leave a step": lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5),
+    "30×64 pixels; both must be multiples of 4": lambda m, p: from_image(m, "a cat", p[:, :30]),
+    "mask has 32×64 pixels, the image 64×64": lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)),
+    "steps is 2000": lambda m, p: ddim_invert(m, "a cat", p, steps=2000),
+    "iterations is 0": lambda m, p: ddim_invert(m, "a cat", p, iterations=0),
+    "black everywhere": lambda m, p: to_mask(Image.new("L", (9, 9)), 64),
+    "less than 5 pixels": lambda m, p: to_mask(painted(box=(8, 8, 11, 64)), 64, feather=2),
+    "white everywhere": lambda m, p: to_mask(Image.new("RGBA", (9, 9)), 64),
+    "'dog' does not .* 'a cat'": lambda m, p: attention_maps(m, ["a dog", "a cat"], "dog").__enter__(),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_requests_are_named(model, photo, message):
     with pytest.raises(ValueError, match=message):
-        next(act(model, photo))
+        next(REFUSED[message](model, photo))

@@ -1,8 +1,7 @@
-"""The real widths, with random weights: the same numbers as diffusers', and loading as light and as fast.
+"""Stable Diffusion 1.5 at its real size, with random weights, loads as light and as fast as in diffusers.
 
-Gigabytes and minutes: run with `pytest -m slow tests/test_full_size.py`."""
+Gigabytes and minutes: run with `pytest -m slow tests/test_full_size.py`.  Its networks: test_parity.py."""
 
-import gc
 import json
 import os
 import statistics
@@ -11,89 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from diffusers import UNet2DConditionModel as TheirUNet
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tinyti.files import folder
-from tinyti.networks.unet import UNetConfig
-from tinyti.networks.vae import VAEConfig
-
 from . import published
-from .conftest import ROOT, randomise, relative_error
-from .test_checkpoint import CLIP_TEXT, TEXTS, UNETS, VAE, theirs_on_meta
+from .conftest import ROOT
 
 pytestmark = pytest.mark.slow
-ERROR = 1e-5  # the largest, relative to the output's scale
-
-
-def random_network(kind, raw):
-    """A network of theirs with random weights, whose storage ours will share."""
-    network = theirs_on_meta(kind, raw).to_empty(device="cpu")
-    for name, buffer in network.named_buffers():
-        assert name.endswith("position_ids")
-        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
-    for name, p in network.named_parameters():
-        torch.nn.init.constant_(p, float(p.ndim == 1 and name.endswith("weight")))
-    return randomise(network).requires_grad_(False)
-
-
-def ours(kind, raw, theirs):
-    config = folder.read_config(kind, raw, "config.json")
-    return folder.build(
-        config, {k.removeprefix("text_model."): w for k, w in theirs.state_dict().items()}
-    )
-
-
-@pytest.fixture(autouse=True)
-def tidy():
-    yield
-    gc.collect()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", UNETS)
-def test_unet(family):
-    raw = UNETS[family]
-    theirs = random_network(TheirUNet, raw)
-    unet = ours(UNetConfig, raw, theirs)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 4, 16, 16, generator=generator)
-    context = torch.randn(1, 77, raw["cross_attention_dim"], generator=generator)
-    wanted = theirs(x, 500, context).sample
-    assert wanted.std() > 1e-2
-    assert relative_error(wanted, unet(x, 500, context)) <= ERROR
-
-
-@torch.no_grad()
-def test_vae():
-    theirs = random_network(AutoencoderKL, VAE)
-    vae = ours(VAEConfig, VAE, theirs)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(1, 3, 96, 64, generator=generator) * 2 - 1
-    mean, std = vae.encode(images)
-    wanted = theirs.encode(images).latent_dist
-    assert relative_error(wanted.mean, mean) <= ERROR
-    assert relative_error(wanted.std, std) <= ERROR
-    z = torch.randn(1, 4, 12, 8, generator=generator)
-    assert relative_error(theirs.decode(z).sample, vae.decode(z)) <= ERROR
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", TEXTS)
-def test_text(family):
-    kind, their_kind, raw = TEXTS[family]
-    theirs = random_network(their_kind, raw)
-    text = ours(kind, raw, theirs)
-    ids = torch.randint(0, raw["vocab_size"] - 1, (2, 77), generator=torch.Generator().manual_seed(1))
-    wanted = theirs(ids)[0]
-    assert wanted.std() > 1e-2
-    assert relative_error(wanted, text(text.embed(ids))) <= ERROR
-
-
-# -- loading -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +25,12 @@ def sd15(tmp_path_factory):
     """Stable Diffusion 1.5 with random weights, as a folder and as a single file."""
     root = tmp_path_factory.mktemp("sd15")
     published.clip_vocabulary(root / "vocabulary")
-    files = {
-        "vocab": str(root / "vocabulary" / "vocab.json"),
-        "merges": str(root / "vocabulary" / "merges.txt"),
-    }
+    vocab, merges = (str(root / "vocabulary" / name) for name in ("vocab.json", "merges.txt"))
     pipeline = StableDiffusionPipeline(
-        vae=random_network(AutoencoderKL, VAE),
-        text_encoder=random_network(CLIPTextModel, CLIP_TEXT),
-        tokenizer=CLIPTokenizer(**files, model_max_length=77),
-        unet=random_network(TheirUNet, UNETS["sd15"]),
+        vae=published.random_network(AutoencoderKL, published.VAE),
+        text_encoder=published.random_network(CLIPTextModel, published.CLIP_TEXT),
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77),
+        unet=published.random_network(UNet2DConditionModel, published.UNETS["sd15"]),
         scheduler=DDIMScheduler(**published.SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -120,9 +41,8 @@ def sd15(tmp_path_factory):
     layouts = (published.original_unet, published.original_vae, published.original_clip)
     weights = published.original(*(layout(part) for layout, part in zip(layouts, parts)))
     (root / "file").mkdir()
-    save_file(
-        {key: weight.contiguous() for key, weight in weights.items()}, root / "file" / "model.safetensors"
-    )
+    weights = {key: weight.contiguous() for key, weight in weights.items()}
+    save_file(weights, root / "file" / "model.safetensors")
     (root / "file" / "tokenizer").symlink_to(root / "folder" / "tokenizer")
     size = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     assert 4.2e9 < size < 4.3e9

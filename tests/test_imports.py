@@ -1,4 +1,4 @@
-"""Imports run one way, and nothing is imported that the package does not declare."""
+"""The order of the rooms: imports run one way, and nothing is imported that the package does not declare."""
 
 import ast
 import sys
@@ -7,46 +7,85 @@ import pytest
 
 from .conftest import ROOT
 
-ALONE = {"layers", "diffusion", "concept", "tokenizer", "data", "embeddings", "whitened"}
-NETWORKS = {"clip", "ldmbert", "vae", "unet"}
-MAY_IMPORT = {
-    **{name: set() for name in ALONE},
-    **{name: {"layers"} for name in NETWORKS},
-    "checkpoint": NETWORKS,
-    "compvis": {"checkpoint", *NETWORKS},
-    "model": {"checkpoint", "compvis", "concept", "diffusion", "tokenizer", *NETWORKS},
-    "inversion": {"model", *ALONE - {"layers"}},
-    "editing": {"model", "unet", *ALONE - {"layers"}},
-    "metrics": {"model", "clip", "tokenizer"},
-    "run": {"cli", "inversion", "model", *ALONE - {"layers"}},
-    "cli": {"model", "inversion", "editing", "metrics", *ALONE - {"layers"}},
-}
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}
-FILES = sorted((ROOT / "tinyti").glob("*.py"))
+ALONE = ("diffusion", "concept", "tokenizer", "whitened", "graphs")  # they import nothing of ours
+# A row may import from all rows above it; what stands side by side knows nothing of each other.
+ORDER = (
+    ("networks.layers",),
+    ("networks.clip", "networks.ldmbert", "networks.vae", "networks.unet"),
+    ("networks.vision",),
+    ("files.tensors", "files.whole", "files.pictures"),
+    ("files.folder", "files.words"),
+    ("files.single",),
+    ("model",),
+    ("examples", "editing", "metrics"),
+    ("inversion",),
+    ("",),  # the package itself: what a user imports
+    ("programs.miniature", "programs.sheet"),
+    ("programs.cli", "programs.run"),
+    ("convert", "train", "sample"),
+)
+EMPTY = ("networks", "files", "programs")  # their __init__.py
+PACKAGE = sorted((ROOT / "tinyti").rglob("*.py"))
+FILES = [*PACKAGE, ROOT / "train.py", ROOT / "sample.py"]
 
 
-def imports(file, top_level_only=False):
-    """Names of the modules that a file imports: "torch", ".layers"."""
-    tree = ast.parse(file.read_text())
-    for node in tree.body if top_level_only else ast.walk(tree):
+def module(file):
+    """The name of a file in the tables above."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part not in ("tinyti", "__init__"))
+
+
+def imports(file):
+    """What a file imports, inside functions too: packages of others, and modules of ours."""
+    above, full = file.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            yield from (f".{node.module or alias.name}" for alias in node.names)
+            full |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            base = above[: len(above) + 1 - node.level] if node.level else ()
+            base = ".".join([*base, *filter(None, [node.module])])
+            full |= {f"{base}.{alias.name}" for alias in node.names}
+    ours = {name.removeprefix("tinyti").removeprefix(".") for name in full if name.split(".")[0] == "tinyti"}
+    modules = set(map(module, PACKAGE))
+    # A name is a module, or is taken out of one.
+    ours = {name if name in modules else name.rpartition(".")[0] for name in ours}
+    return {name.split(".")[0] for name in full} - {"tinyti", *sys.stdlib_module_names}, ours
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.stem != "__init__"], ids=lambda f: f.stem)
+def test_every_file_has_its_place():
+    places = [*ALONE, *EMPTY, *(name for row in ORDER for name in row)]
+    assert len(places) == len(set(places)) == len(FILES) == 33
+    assert set(places) == set(map(module, FILES))
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
 def test_a_file_imports_only_what_stands_before_it(file):
-    ours = {name[1:] for name in imports(file, top_level_only=True) if name.startswith(".")}
-    assert ours <= MAY_IMPORT[file.stem]
+    packages, ours = imports(file)
+    assert packages <= RUNTIME
+    name = module(file)
+    if name in (*ALONE, *EMPTY):
+        assert not ours and packages <= {"torch", "numpy", "tokenizers"}
+        return
+    (place,) = (i for i, row in enumerate(ORDER) if name in row)
+    allowed = {earlier for row in ORDER[:place] for earlier in row}
+    if name.startswith("files."):
+        allowed |= {"diffusion"}  # a scheduler's file becomes its Schedule
+    elif not name.startswith("networks."):
+        allowed |= set(ALONE)
+    assert ours <= allowed
 
 
-@pytest.mark.parametrize("file", [*FILES, ROOT / "train.py", ROOT / "sample.py"], ids=lambda f: f.stem)
-def test_only_declared_packages_are_imported(file):
-    names = {name for name in imports(file) if not name.startswith(".")}
-    assert names - set(sys.stdlib_module_names) - {"tinyti"} <= RUNTIME
+def test_the_walk_sees_imports_of_every_form(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "tinyti" / "files" / "probe.py"
+    file.parent.mkdir(parents=True)
+    lines = ["import torch.nn as nn, os", "from ..networks.vae import VAE", "from .. import model, load",
+             "def f():", "    import tinyti.programs.run", "    from tinyti import editing"]  # fmt: skip
+    file.write_text("\n".join(lines))
+    monkeypatch.setitem(globals(), "PACKAGE", [tmp_path / "tinyti" / f"{name}.py" for name in
+                        ("__init__", "networks/vae", "model", "programs/run", "editing")])  # fmt: skip
+    assert imports(file) == ({"torch"}, {"networks.vae", "model", "", "programs.run", "editing"})
 
 
 def test_the_declared_packages_are_exactly_those():

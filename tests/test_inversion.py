@@ -1,6 +1,8 @@
 """The loop: what it changes and what it does not, and that every way through it is the same way."""
 
+import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -8,26 +10,31 @@ import torch
 import sample as sample_py
 import tinyti
 import train as train_py
-from tinyti import inversion
+from tinyti import inversion, whitened
 from tinyti.concept import Concept
-from tinyti.examples import OBJECT_TEMPLATES, draw_batch, make_examples, timestep_at
+from tinyti.examples import OBJECT_TEMPLATES, Batch, draw_batch, make_examples, timestep_at
 from tinyti.files.pictures import read_photos
-from tinyti.inversion import Inversion, diagnose, evaluate, invert, losses
+from tinyti.graphs import no_graphs
+from tinyti.inversion import Inversion, diagnose, evaluate, invert, losses, losses_and_gradients
 
-from .conftest import CONCEPTS, TINY
+from .conftest import CONCEPTS, TINY, seeded
 
 SIZE = 32
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinyti.load(TINY)
+def on_gpu(test):
+    """Mark a test that needs CUDA."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+def examples_of(model):
+    photos, _ = read_photos(CONCEPTS / "cat", SIZE)
+    return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
 
 
 @pytest.fixture(scope="module")
 def examples(model):
-    photos, _ = read_photos(CONCEPTS / "cat", SIZE)
-    return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
+    return examples_of(model)
 
 
 def begin(model, n=1, start="small", **options):
@@ -38,185 +45,235 @@ def begin(model, n=1, start="small", **options):
     return Inversion(model, model.add_word("S*", Concept.initial(rows, n)), **options)
 
 
-def learn(model, examples, steps=4, state=None, n=1, optimizer="whitened", lr=None, **options):
-    """A fresh word, or one of a state, trained for some steps."""
-    word = begin(model, n, optimizer=optimizer, lr=lr)
-    if state:
-        word.load_state_dict(state)
-    for _ in invert(model, word, examples, steps, **{"batch_size": 3} | options):
+def learn(model, examples, steps=4, saved=None, optimizer="whitened", lr=None, **options):
+    """A fresh word, or a saved one, trained for some steps."""
+    state = begin(model, optimizer=optimizer, lr=lr)
+    if saved:
+        state.load_state_dict(saved)
+    for _ in invert(model, state, examples, steps, **{"batch_size": 3} | options):
         pass
-    return word
+    return state
 
 
 def test_nothing_but_the_vector_is_trained(model, examples):
     parts = (model.text, model.vae, model.unet)
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    word = learn(model, examples, steps=2)
+    state = learn(model, examples, steps=2)
     for part, tensors in zip(parts, before):
         assert all(torch.equal(tensors.pop(k), v) for k, v in part.state_dict().items()) and not tensors
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
-    vectors = word.concept.vectors
+    vectors = state.concept.vectors
     assert vectors.dtype == torch.float32 and vectors.shape == (1, model.text.table.shape[1])
-    assert torch.equal(vectors, word.word) and not torch.equal(vectors, word.start)
-    assert word.step == 2 and len(word.log) == 2 and all((row > 0).all() for row in word.log)
+    assert torch.equal(vectors, state.vectors) and not torch.equal(vectors, state.start)
+    assert state.step == 2 and len(state.log) == 2 and all((row > 0).all() for row in state.log)
 
 
 def test_the_loss_is_equation_2(model, examples):
     """Written out once more, for one sample."""
-    word = begin(model)
-    x_0, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([700])
+    state = begin(model)
     ids = model.tokenizer(["a photo of a S*"])
+    batch = Batch(torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([700]), ids)
     embeds = model.text.embed(ids)
-    place = (ids == word.concept.ids[0]).nonzero()[0, 1]
-    embeds[0, place] = word.concept.vectors[0].detach()
+    place = (ids == state.concept.ids[0]).nonzero()[0, 1]
+    embeds[0, place] = state.concept.vectors[0].detach()
     a = model.schedule.alpha_bar[700].float()
-    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
-    by_hand = (eps - model.unet(x_t, 700, model.text(embeds))).square().mean()
-    assert losses(model, x_0, eps, t, ["a photo of a S*"]).item() == pytest.approx(by_hand.item(), rel=1e-5)
-
-
-def batch(model, examples, size=3):
-    x_0, eps, u, prompts = draw_batch(examples, size, torch.Generator().manual_seed(0))
-    return x_0, eps, timestep_at(u, model, (0.25, 0.95)), prompts
+    x_t = a.sqrt() * batch.x_0 + (1 - a).sqrt() * batch.eps
+    by_hand = (batch.eps - model.unet(x_t, 700, model.text(embeds))).square().mean()
+    assert losses(model, batch).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_the_gradient_is_that_of_the_loss(model, examples):
     """Along its own direction, against a central difference."""
-    word = begin(model)
-    (gradient,) = torch.autograd.grad(losses(model, *batch(model, examples)).mean(), word.concept.vectors)
+    state = begin(model)
+    batch = draw_batch(model, examples, 3, seeded(), (0.25, 0.95))
+    (gradient,) = torch.autograd.grad(losses(model, batch).mean(), state.concept.vectors)
     h, values = 1e-2, []
     for sign in (1, -1):
-        word.show(word.start + sign * h * gradient / gradient.norm())
-        values.append(losses(model, *batch(model, examples)).mean().item())
+        state.show(state.start + sign * h * gradient / gradient.norm())
+        values.append(losses(model, batch).mean().item())
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
 def test_the_gradients_of_one_backward_pass_are_those_of_one_for_each_sample(model, examples):
-    word = begin(model, n=2)
-    x_0, eps, t, prompts = batch(model, examples)
-    copies = word.path.expand(3, -1, -1).clone().requires_grad_()
-    losses(model, x_0, eps, t, prompts, {"S*": copies}).sum().backward()
+    state = begin(model, n=2)
+    batch, vectors = draw_batch(model, examples, 3, seeded(), (0.25, 0.95)), state.path.expand(3, -1, -1)
+    together, gradients = losses_and_gradients(model, "S*", torch.tensor(8.0), vectors, *batch)
     for i in range(3):
-        row = slice(i, i + 1)
-        loss = losses(model, x_0[row], eps[row], t[row], prompts[row]).sum()
-        (alone,) = torch.autograd.grad(loss, word.concept.vectors)
-        torch.testing.assert_close(copies.grad[i], alone, rtol=1e-3, atol=1e-6)
-    assert not torch.allclose(copies.grad[0], copies.grad[1], rtol=0.1)
+        loss = losses(model, Batch(*(part[i : i + 1] for part in batch))).sum()
+        (alone,) = torch.autograd.grad(loss, state.concept.vectors)
+        torch.testing.assert_close(gradients[i], alone, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(together[i], loss)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["whitened", "adam"])
 def test_resuming_is_exact_and_takes_the_learning_rate_it_is_given(model, examples, optimizer):
     straight = learn(model, examples, steps=6, optimizer=optimizer)
-    state = learn(model, examples, steps=3, optimizer=optimizer).state_dict()
-    rest = learn(model, examples, 6, state, optimizer=optimizer)
+    saved = learn(model, examples, steps=3, optimizer=optimizer).state_dict()
+    rest = learn(model, examples, 6, saved, optimizer=optimizer)
     assert torch.equal(rest.concept.vectors, straight.concept.vectors)
     assert rest.evaluations == straight.evaluations and torch.equal(rest.start, straight.start)
     assert torch.equal(torch.stack(rest.log), torch.stack(straight.log))
-    words = [learn(model, examples, 4, state, optimizer=optimizer, lr=lr) for lr in (1e-3, 1e-2)]
-    slow, fast = ((word.path - state["path"]).norm().item() for word in words)
+    states = [learn(model, examples, 4, saved, optimizer=optimizer, lr=lr) for lr in (1e-3, 1e-2)]
+    slow, fast = ((state.path - saved["path"]).norm().item() for state in states)
     assert fast == pytest.approx(10 * slow, rel=1e-3)
 
 
 def test_the_word_is_an_average_of_the_path(model, examples):
-    word = begin(model)
-    average, points = word.word, []
-    for _ in invert(model, word, examples, steps=4, batch_size=2):
-        points.append(word.path)
-        average = average.lerp(word.path, 2 / (word.step + 1))
-        assert torch.allclose(word.concept.vectors, average, atol=1e-6)
+    state = begin(model)
+    average, points = state.vectors, []
+    for _ in invert(model, state, examples, steps=4, batch_size=2):
+        points.append(state.path)
+        average = average.lerp(state.path, 2 / (state.step + 1))
+        assert torch.allclose(state.concept.vectors, average, atol=1e-6)
     assert len({tuple(point.flatten().tolist()) for point in points}) == 4
-    assert not torch.equal(word.word, word.path)
+    assert not torch.equal(state.vectors, state.path)
 
 
-def test_a_step_cut_off_anywhere_leaves_no_trace(model, examples, monkeypatch):
-    """Ctrl-C inside of the optimizer, before the evaluation, and between the step and what shows it."""
-    straight = learn(model, examples, steps=inversion.EVALUATE_EVERY + 1)
+def interrupt(run, k):
+    """Ctrl-C at the k-th line of inversion.py and whitened.py -> where that is, or None after the last."""
+    files, lines, place = {inversion.__file__, whitened.__file__}, itertools.count(), None
 
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    def trace(frame, event, _):
+        nonlocal place
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and next(lines) == k:
+            place = frame.f_code.co_name, frame.f_lineno
+            raise KeyboardInterrupt
+        return trace
 
-    for place in ("whitened.F.normalize", "inversion.evaluate", "inversion.Inversion.show"):
-        word = begin(model)
-        with pytest.raises(KeyboardInterrupt):
-            for _ in invert(model, word, examples, steps=inversion.EVALUATE_EVERY, batch_size=3):
-                if word.step == inversion.EVALUATE_EVERY - 1:
-                    monkeypatch.setattr(f"tinyti.{place}", interrupt)
-        monkeypatch.undo()
-        rest = learn(model, examples, inversion.EVALUATE_EVERY + 1, word.state_dict())
-        assert torch.equal(rest.word, straight.word) and rest.evaluations == straight.evaluations
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return place
+    finally:
+        sys.settrace(before)
+    return None
+
+
+def to_bytes(saved):
+    """What `state_dict` gave, with every tensor as its bytes."""
+    if isinstance(saved, dict):
+        return {key: to_bytes(value) for key, value in saved.items()}
+    return saved.numpy().tobytes() if torch.is_tensor(saved) else saved
+
+
+@pytest.mark.parametrize("optimizer, taken", [("adam", 0), ("whitened", inversion.EVALUATE_EVERY - 1)])
+def test_a_step_cut_off_at_any_line_leaves_no_trace(model, examples, monkeypatch, optimizer, taken):
+    """The first step, and one that ends in an evaluation.  Its lines are the real ones; only the networks
+    are replaced, by something quick that reads the word."""
+
+    def context(ids, vectors=None):
+        return model.concepts["S*"].insert(model.text.embed(ids), ids, vectors and vectors["S*"])
+
+    monkeypatch.setattr(model, "encode_prompts", context)
+    monkeypatch.setattr(
+        model, "predict", lambda x_t, t, c: x_t + c.square().mean((1, 2))[:, None, None, None]
+    )
+    options = {"optimizer": optimizer, "batch_size": 2, "accumulate": 2}
+    saved = learn(model, examples, taken, **options).state_dict() if taken else None
+    straight = learn(model, examples, taken + 2, saved, **options).state_dict()
+    places = []
+    for k in itertools.count():
+        state = begin(model, optimizer=optimizer)
+        if saved:
+            state.load_state_dict(saved)
+        step = invert(model, state, examples, taken + 1, batch_size=2, accumulate=2)
+        place = interrupt(lambda step=step: next(step), k)
+        rest = learn(model, examples, taken + 2, state.state_dict(), **options)
+        assert to_bytes(rest.state_dict()) == to_bytes(straight), place
+        if place is None:
+            break
+        places.append(place)
+    step = {
+        "invert",
+        "backward",
+        "losses_and_gradients",
+        "losses",
+        "move",
+        "show",
+        "evaluate_on_time",
+        "evaluate",
+    }
+    assert {name for name, _ in places} >= step | {optimizer} and len(set(places)) >= 50
+    assert len(straight["evaluations"]) == 1 + (taken > 0) and len(straight["log"]) == taken + 2
 
 
 def test_the_seed_decides_and_accumulating_changes_rounding_only(model, examples):
     whole, again, other = (learn(model, examples, 3, seed=seed) for seed in (0, 0, 2**32 - 1))
-    assert torch.equal(whole.word, again.word) and not torch.equal(whole.word, other.word)
+    assert torch.equal(whole.vectors, again.vectors) and not torch.equal(whole.vectors, other.vectors)
     for parts in (2, 5):
-        assert torch.allclose(whole.word, learn(model, examples, 3, accumulate=parts).word, atol=1e-4)
+        assert torch.allclose(whole.vectors, learn(model, examples, 3, accumulate=parts).vectors, atol=1e-4)
 
 
 @pytest.mark.parametrize("span", [(0, 1), (0.25, 0.95), (0.5, 0.6), (0.99999999, 1)])
 def test_the_timesteps_lie_in_the_span(model, span):
-    t = timestep_at(torch.linspace(0, 1 - 2**-24, 1000), model, span)
+    t = timestep_at(model, torch.linspace(0, 1 - 2**-24, 1000), span)
     low, high = span
     assert math.floor(1000 * low) == t.min() and t.max() == math.ceil(1000 * high) - 1
 
 
 def test_the_evaluation_is_fixed_and_falls(model, examples):
-    word = learn(model, examples, steps=22, batch_size=8)
-    assert len(word.evaluations) == 1 + 22 // inversion.EVALUATE_EVERY
+    state = learn(model, examples, steps=22, batch_size=8)
+    assert len(state.evaluations) == 1 + 22 // inversion.EVALUATE_EVERY
     assert evaluate(model, examples) == evaluate(model, examples)
-    assert word.evaluations[-1] < word.evaluations[0] and diagnose(word) is None
+    assert state.evaluations[-1] < state.evaluations[0] and diagnose(state) is None
 
 
 def test_whitened_vectors_stay_under_the_cap(model, examples):
-    word = learn(model, examples, steps=3, lr=1.0)
+    state = learn(model, examples, steps=3, lr=1.0)
     cap = inversion.CAP * model.text.table.norm(dim=-1).median().item()
-    assert word.path.norm().item() == pytest.approx(cap)
+    assert state.path.norm().item() == pytest.approx(cap)
 
 
 def test_an_overflow_of_fp16_costs_a_batch_and_half_of_the_scale(model):
-    word = begin(model)
-    word.scale = 2.0**16
-    gradients = torch.randn(2, *word.path.shape)
-    word.move(gradients * float("inf"), torch.ones(2))
-    assert word.scale == 2.0**15 and word.step == 1 and torch.equal(word.word, word.start)
-    word.move(gradients, torch.ones(2))
-    assert word.scale == 2.0**15 and word.word.isfinite().all() and not torch.equal(word.word, word.start)
+    state = begin(model)
+    state.point = state.point._replace(scale=2.0**16)
+    gradients = torch.randn(2, *state.path.shape)
+    state.move(torch.ones(2), gradients * float("inf"))
+    assert state.point.scale == 2.0**15 and state.step == 1 and torch.equal(state.vectors, state.start)
+    state.move(torch.ones(2), gradients)
+    assert state.point.scale == 2.0**15 and state.vectors.isfinite().all()
+    assert not torch.equal(state.vectors, state.start)
 
 
 def test_a_word_that_learned_nothing_is_diagnosed(model):
-    word = begin(model)
-    for moved, evaluations, expected in [
-        (1.0, [1.0, 0.9], None), (1.0, [1.0, 1.1], "not fallen"), (0.0, [1.0, 0.9], "not moved"),
-        (1.0, [1.0, math.nan], "not a number"), (math.nan, [1.0, 0.9], "not a number"),
-    ]:  # fmt: skip
-        word.word, word.evaluations = word.start + moved, evaluations
-        found = diagnose(word)
-        assert found is None if expected is None else expected in found
+    state = begin(model)
+
+    def found(moved, evaluation):
+        state.point = state.point._replace(vectors=state.start + moved)
+        state.evaluations = [1.0, evaluation]
+        return diagnose(state)
+
+    assert found(1.0, 0.9) is None
+    assert "not fallen" in found(1.0, 1.1) and "not moved" in found(0.0, 0.9)
+    assert "not a number" in found(1.0, math.nan) and "not a number" in found(math.nan, 0.9)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_and_on_from_there_on_the_cpu(model, examples, dtype):
     there = tinyti.load(TINY, "cuda", dtype)
-    on_gpu = make_examples(there, "S*", read_photos(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
-    word = learn(there, on_gpu, steps=30, batch_size=8)
-    assert diagnose(word) is None
-    here = learn(model, examples, 32, word.state_dict())
-    assert here.step == 32 and here.word.device.type == "cpu"
-    back = learn(there, on_gpu, 34, here.state_dict(), batch_size=8)
-    assert back.word.device.type == "cuda" and diagnose(back) is None
+    photos = examples_of(there)
+    state = learn(there, photos, steps=30, batch_size=8)
+    assert diagnose(state) is None
+    here = learn(model, examples, 32, state.state_dict())
+    assert here.step == 32 and here.vectors.device.type == "cpu"
+    back = learn(there, photos, 34, here.state_dict(), batch_size=8)
+    assert back.vectors.device.type == "cuda" and diagnose(back) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_recorded_kernels_compute_the_same(dtype, monkeypatch):
+def test_recorded_kernels_compute_the_same(dtype):
     there = tinyti.load(TINY, "cuda", dtype)
-    examples = make_examples(there, "S*", read_photos(CONCEPTS / "cat", SIZE)[0], OBJECT_TEMPLATES)
+    examples = examples_of(there)
     recorded = learn(there, examples, steps=7, batch_size=5, accumulate=2)  # parts of 2 and of 3
-    monkeypatch.setattr(inversion, "recorded", lambda function: function)
-    direct = learn(there, examples, steps=7, batch_size=5, accumulate=2)
+    with no_graphs():
+        direct = learn(there, examples, steps=7, batch_size=5, accumulate=2)
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
     torch.testing.assert_close(torch.stack(recorded.log), torch.stack(direct.log), **tolerance)
     with torch.no_grad():
@@ -229,8 +286,7 @@ def test_recorded_kernels_compute_the_same(dtype, monkeypatch):
     assert not torch.equal(pairs[0][0], pairs[1][0])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@on_gpu
 def test_both_programs_take_the_gpu_that_is_there(tmp_path):
     flags = ["--images", str(CONCEPTS / "cat"), "--token", "S*", "--out", str(tmp_path / "S")]
     assert train_py.main(flags) == 0

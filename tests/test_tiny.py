@@ -16,56 +16,44 @@ import tinyti
 from tinyti.files import words
 from tinyti.files.pictures import to_image
 
-from .conftest import CONCEPTS, ROOT, TINY, relative_error
+from .conftest import CONCEPTS, ROOT, TINY, last, relative_error, seeded
 
 sys.path.insert(0, str(ROOT / "weights" / "recipe"))
 import world
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinyti.load(TINY)
-
-
-def draw(model, prompts, **options):
-    *_, x_0 = tinyti.sample(model, prompts, generator=torch.Generator().manual_seed(0), **options)
-    return model.decode(x_0)
+def draw(model, prompts, steps=20):
+    return model.decode(last(tinyti.sample(model, prompts, steps, guidance=5.0, generator=seeded())))
 
 
 def test_it_is_small():
     assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 30e6
 
 
-def test_diffusers_opens_it_and_draws_the_same_picture(model):
-    theirs = StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
-    theirs.set_progress_bar_config(disable=True)
-    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    prompt, options = "a painting of a red cat at the beach", {"guidance_scale": 5.0, "output_type": "pt"}
-    reference = theirs(prompt, num_inference_steps=12, latents=x_T, **options).images
-    *_, x_0 = tinyti.sample(model, prompt, steps=12, guidance=5.0, x_T=x_T)
-    assert reference.std() > 0.1
-    assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
-
-
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_diffusers_draws_the_same_picture_of_a_word(tmp_path, n, suffix):
-    """Of the file that tinyti writes, from the same prompt and noise; and the word shows in it."""
+def test_diffusers_opens_it_and_draws_the_same_pictures(tmp_path, n, suffix):
+    """From the same prompt and noise: before it knows a word, and of the word's file that tinyti writes."""
     model = tinyti.load(TINY)
-    rows = model.text.table[model.tokenizer.encode("blue boat")][:n]
-    words.write_words(tmp_path / f"word{suffix}", {"<boat>": rows})
     theirs = StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
+    x_T = torch.randn(1, 4, 16, 16, generator=seeded(3))
+
+    def drawn():
+        prompt, options = "a photo of a <boat> in the snow", {"guidance_scale": 5.0, "output_type": "pt"}
+        reference = theirs(prompt, num_inference_steps=6, latents=x_T, **options).images
+        x_0 = last(tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T))
+        assert reference.std() > 0.1
+        assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
+        return x_0
+
+    without = drawn()
+    rows = model.text.table[model.tokenizer.encode("blue boat")][:n]
+    words.write_words(tmp_path / f"word{suffix}", {"<boat>": rows})
     theirs.load_textual_inversion(str(tmp_path), weight_name=f"word{suffix}")
-    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    prompt, options = "a photo of a <boat> in the snow", {"guidance_scale": 5.0, "output_type": "pt"}
-    reference = theirs(prompt, num_inference_steps=6, latents=x_T, **options).images
-    *_, without = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
     [vectors] = words.read_words(tmp_path / f"word{suffix}").values()
     model.add_word("<boat>", vectors)  # a .pt is named after the file
-    *_, x_0 = tinyti.sample(model, prompt, steps=6, guidance=5.0, x_T=x_T)
-    assert (reference - (model.decode(x_0) + 1) / 2).abs().max() <= 1 / 255
-    assert (x_0 - without).abs().max() > 0.1
+    assert (drawn() - without).abs().max() > 0.1
 
 
 def test_clip_is_a_published_clip_of_the_same_vocabulary(model):
@@ -92,7 +80,7 @@ def test_it_draws_what_it_is_told(model):
     clip, tokenizer = tinyti.load_clip(TINY / "clip")
     lot = random.Random(0)
     prompts = [world.caption(world.attributes(lot), lot, complete=True) for _ in range(24)]
-    pictures = [to_image(x) for x in draw(model, prompts, steps=20, guidance=5.0)]
+    pictures = [to_image(x) for x in draw(model, prompts)]
     likeness = clip.encode_image(pictures) @ clip.encode_text(tokenizer(prompts)).T
     assert (likeness.argmax(1) == torch.arange(len(prompts))).float().mean() >= 0.9
 
@@ -101,7 +89,7 @@ def test_clip_tells_things_apart(model):
     """Also where nothing else does: drawn and judged in every colour alike."""
     clip, tokenizer = tinyti.load_clip(TINY / "clip")
     prompts = [f"a photo of a {colour} {thing}" for thing in world.THINGS for colour in ("red", "blue")]
-    pictures = [to_image(x) for x in draw(model, prompts, steps=20, guidance=5.0)]
+    pictures = [to_image(x) for x in draw(model, prompts)]
     nouns = clip.encode_text(tokenizer([f"a photo of a {thing}" for thing in world.THINGS]))
     found = (clip.encode_image(pictures) @ nouns.T).argmax(1)
     assert (found == torch.arange(len(prompts)) // 2).float().mean() >= 0.85
@@ -110,9 +98,7 @@ def test_clip_tells_things_apart(model):
 def test_the_background_has_the_colour_of_the_prompt(model):
     """Which plain noise would not bring about: the cure was offset noise (weights/tiny/README.md)."""
     colours = {"red": 0, "green": 1, "blue": 2}
-    images = draw(
-        model, [f"a photo of a white cup on a {c} background" for c in colours], steps=20, guidance=5.0
-    )
+    images = draw(model, [f"a photo of a white cup on a {c} background" for c in colours])
     corners = torch.cat([images[:, :, :6, :6], images[:, :, :6, -6:]], dim=3).mean((2, 3))  # (3, RGB)
     assert corners.argmax(1).tolist() == list(colours.values())
 

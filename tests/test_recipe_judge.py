@@ -1,4 +1,4 @@
-"""The sets in concepts/ and their judge; the main job on every set, as the README says it, with -m slow."""
+"""The judge of the sets in concepts/; with -m slow, the main job on every set, as the README says it."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from PIL import Image
 
 import tinyti
 import train as train_py
-from tinyti.files import words
+from tinyti.files.words import read_words
 from tinyti.metrics import clip_i
 
 from .conftest import CONCEPTS, ROOT, TINY
@@ -84,13 +84,13 @@ def test_the_word_is_the_one_and_the_best_caption_is_not(name, tmp_path):
         flags += ["--out", str(tmp_path / str(seed)), *(["--style"] if style else [])]
         assert train_py.main(flags) == 0
         model = tinyti.load(TINY)
-        for word, vectors in words.read_words(tmp_path / str(seed)).items():
+        for word, vectors in read_words(tmp_path / str(seed)).items():
             model.add_word(word, vectors)
         drawn = concepts.draw(model, "a painting in the style of S*" if style else "a photo of S*", 16)
         one.append(accepted(name, drawn))
         near.append(clip_i(clip, drawn, heldout))
-        for words, scene in zip(SCENES, ("beach", "snow", "night", "meadow")):
-            prompt = f"a painting of a cat {words} in the style of S*" if style else f"a photo of S* {words}"
+        for place, scene in zip(SCENES, ("beach", "snow", "night", "meadow")):
+            prompt = f"a painting of a cat {place} in the style of S*" if style else f"a photo of S* {place}"
             drawn = concepts.draw(model, prompt, 8)
             placed.append(accepted(name, drawn))
             scenes.append(sum(found == scene for found in judge.scenes(drawn)) / len(drawn))
