@@ -66,6 +66,7 @@ class Recipe:
     probe_batch: int = 128
     probe_samples: int = 500_000
     generated: int = 1_000
+    sampling_steps: int = 30
     guidance: float = GUIDANCE
 
 
@@ -106,7 +107,7 @@ def make_miniature(work, out, last=None):
 
     def look(model, seen):
         whole = tinyti.LatentDiffusion(tokenizer, model.text, coder, model.unet, schedule)
-        images = sample_images(whole, prompts, recipe.guidance).cpu()
+        images = sample_images(whole, prompts, recipe).cpu()
         pairs = torch.stack([drawn, images], 1).flatten(0, 1)
         work.write("preview.png", lambda p: write_sheet(pairs, 12, p))
         shutil.copy(work / "preview.png", work / f"preview-{seen}.png")

@@ -110,11 +110,10 @@ def psnr(vae, images):
     return -10 * torch.cat(errors).log10()
 
 
-def sample_images(model, prompts, guidance, seed=0, steps=30):
+def sample_images(model, prompts, recipe, seed=0):
     """A picture of each prompt, (B, 3, S, S) in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {"steps": steps, "guidance": guidance, "sampler": "dpm++", "generator": generator}
-    *_, x_0 = tinyti.sample(model, prompts, **options)
+    options = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "sampler": "dpm++"}
+    *_, x_0 = tinyti.sample(model, prompts, generator=torch.Generator().manual_seed(seed), **options)
     return model.decode(x_0).float()
 
 
@@ -153,7 +152,7 @@ def measure_folder(work, out, probe, array, captions):
 
     count = recipe.generated
     batches = [(i, prompts[i : min(i + 50, count)]) for i in range(0, count, 50)]
-    drawn = torch.cat([sample_images(model, batch, recipe.guidance, seed).cpu() for seed, batch in batches])
+    drawn = torch.cat([sample_images(model, batch, recipe, seed).cpu() for seed, batch in batches])
     write_sheet(torch.stack([images[:24], drawn[:24]], 1).flatten(0, 1), 12, work / "contact_sheet.png")
     write_sheet(drawn[:100], 10, work / "generated.png")
     coder = model.vae.cpu().float()
@@ -190,6 +189,7 @@ def write_card(work, out, array, captions):
         megabytes=sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6,
         guidance=recipe.guidance,
         generated=recipe.generated,
+        sampling_steps=recipe.sampling_steps,
         unseen=recipe.unseen,
         layers=recipe.clip_layers,
         width=recipe.clip_width,

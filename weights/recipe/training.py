@@ -25,6 +25,14 @@ WEIGHTS = {  # where a finished folder keeps what a stage has trained
 }
 
 
+def in_turn(make):
+    """Call make() in the first process, for which the others wait."""
+    if not RANK:
+        make()
+    if PROCESSES > 1:
+        dist.barrier()
+
+
 def map_chunks(function, total, *rest):
     """Call function(numbers, *rest) on `CHUNK` numbers below `total` at a time, a process a core.
 
@@ -72,13 +80,16 @@ class Workspace:
 
         The first process makes them, the others wait. A stage costs what it took for `total` samples.
         """
-        if not RANK and not all((self / file).exists() for file in files):
+
+        def fill():
+            if all((self / file).exists() for file in files):
+                return
             began = time.time()
             for file, made in zip(files, make()):
                 self.write(file, lambda p, made=made: self._save(p, made))
             self.cost(stage, total, time.time() - began)
-        if PROCESSES > 1:
-            dist.barrier()
+
+        in_turn(fill)
         return [self._read(self / file) for file in files]
 
     @staticmethod
