@@ -47,7 +47,7 @@ class Judge(nn.Module):
 
 
 def judge_input(pictures):
-    """RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
+    """Convert RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     pixels = [np.asarray(picture.resize((concepts.SIZE,) * 2, Image.Resampling.BOX)) for picture in pictures]
     return to_images(np.stack(pixels))
 

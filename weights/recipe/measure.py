@@ -27,7 +27,7 @@ HEADS |= dict.fromkeys(PART_NAMES, ("", *world.SHADES))  # a part's colour, "" w
 
 
 def class_numbers(captions, head):
-    """The classes (N,) of one head, from what the pictures were drawn from."""
+    """Return the classes (N,) of one head, from what the pictures were drawn from."""
     return torch.tensor([HEADS[head].index(c.get(head, "")) for c in captions])
 
 
@@ -74,7 +74,7 @@ def train_probe(work, array, captions):
 
 
 def named_parts(caption, about):
-    """The parts of a picture whose colour its caption names."""
+    """Return the parts of a picture whose colour its caption names."""
     for part in PART_NAMES:
         shade, other = about.get(part, ""), about.get("more patches", "")
         phrase = f"{shade} and {other} patches" if part == "patches" and other else f"{shade} {part}"
@@ -86,7 +86,7 @@ def named_parts(caption, about):
 
 @torch.no_grad()
 def accuracy(model, images, captions, prompts):
-    """The part of the pictures that the probe reads as the captions' truth says, for each head.
+    """Return the part of the pictures that the probe reads as the captions' truth says, for each head.
 
     "detail" is the part right of all colours of parts that the prompts name.
     """
@@ -102,7 +102,7 @@ def accuracy(model, images, captions, prompts):
 
 @torch.no_grad()
 def psnr(vae, images):
-    """The decibels that survive encoding and decoding, of each picture (B, 3, H, W): -> (B,)."""
+    """Return each picture's decibels after encoding and decoding: (B, 3, H, W) -> (B,)."""
     errors = [
         (vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x).div(2).square().mean((1, 2, 3))
         for x in images.split(64)
@@ -111,7 +111,7 @@ def psnr(vae, images):
 
 
 def sample_images(model, prompts, recipe, seed=0):
-    """A picture of each prompt, (B, 3, S, S) in [-1, 1]."""
+    """Draw a picture of each prompt, (B, 3, S, S) in [-1, 1]."""
     options = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "sampler": "dpm++"}
     *_, x_0 = tinyti.sample(model, prompts, generator=torch.Generator().manual_seed(seed), **options)
     return model.decode(x_0).float()
@@ -124,8 +124,8 @@ def write_sheet(images, columns, path):
     Image.fromarray(rows.numpy()).save(path, format="PNG", optimize=True)
 
 
-def concept_sets():
-    """The pictures of every set of concepts/, {name: (10, 3, S, S)}."""
+def read_sets():
+    """Return the pictures of every set of concepts/, {name: (10, 3, S, S)}."""
     root = ROOT / "concepts"
     found = {}
     for name in json.loads((root / "concepts.json").read_text()):
@@ -160,7 +160,7 @@ def measure_folder(work, out, probe, array, captions):
         "real": accuracy(probe, images, about, prompts),
         "made": accuracy(probe, drawn, about[:count], prompts),
         "psnr": psnr(coder, images).mean().item(),
-        "sets": {name: psnr(coder, pictures).mean().item() for name, pictures in concept_sets().items()},
+        "sets": {name: psnr(coder, pictures).mean().item() for name, pictures in read_sets().items()},
         "retrieval": right.float().mean().item(),
     }
 

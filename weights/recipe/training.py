@@ -44,18 +44,18 @@ def map_chunks(function, total, *rest):
 
 
 def to_images(pixels):
-    """uint8 (B, S, S, 3), an array or a tensor -> (B, 3, S, S) in [-1, 1]."""
+    """Convert uint8 (B, S, S, 3), an array or a tensor -> (B, 3, S, S) in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def integers(high, shape, generator):
-    """Integers in [0, high), drawn where the generator lives."""
+    """Draw integers in [0, high) where the generator lives."""
     shape = (shape,) if isinstance(shape, int) else shape
     return torch.randint(high, shape, generator=generator, device=generator.device)
 
 
 def uniform(shape, generator):
-    """Numbers in [0, 1), drawn where the generator lives."""
+    """Draw numbers in [0, 1) where the generator lives."""
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
@@ -69,7 +69,7 @@ class Workspace:
         self.folder, self.recipe, self.start = Path(folder), recipe, start
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        # the faster layout of pictures on each
+        # The faster layout of images on either.
         self.layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
 
     def __truediv__(self, name):
@@ -159,7 +159,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonal(g, steps=5):
-        """The nearest matrices with singular values about 1, by a Newton-Schulz iteration: g (N, rows, …)."""
+        """Return the nearest matrices with singular values about 1 (Newton-Schulz): g (N, rows, …)."""
         x = g.flatten(2).bfloat16()
         x = x.mT if x.shape[1] > x.shape[2] else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -170,7 +170,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_of(module, lr):
-    """Muon for what is wide on both sides, AdamW for the rest: tables, first layers, biases, norms."""
+    """Return Muon for what is wide on both sides, AdamW for the rest: tables, first layers, biases, norms."""
     hidden = [n for n, p in module.named_parameters() if p.ndim > 1 and min(len(p), p[0].numel()) > 16]
     hidden = [n for n in hidden if not n.startswith("conv_in") and "embedding" not in n]
     parts = {"muon": [], "matrices": [], "vectors": []}

@@ -33,14 +33,14 @@ class JointModel(torch.nn.Module):
         self.reader = Reader(text.config.hidden_size)
 
     def words(self, features, generator):
-        """features (B, F) -> the vectors (B, D) of made-up words, not quite the same each time."""
+        """Return the vectors (B, D) of made-up words, not quite the same each time: features (B, F)."""
         vectors = self.names(features).float()
         vectors = vectors * (self.longest / vectors.norm(dim=1, keepdim=True)).clamp(max=1)
         noise = randn(vectors.shape, generator, vectors)
         return vectors + 0.1 * vectors.detach().norm(dim=1, keepdim=True) / noise.shape[1] ** 0.5 * noise
 
     def context(self, ids, features, generator):
-        """Token ids (B, 77), some of them the made-up word's, -> (B, 77, D)."""
+        """Return what the UNet reads of ids (B, 77), some of them the made-up word's: (B, 77, D)."""
         made_up = (ids >= self.text.config.vocab_size)[..., None]
         return self.text(torch.where(made_up, self.words(features, generator)[:, None], self.text.embed(ids)))
 
