@@ -27,7 +27,7 @@ from tinyti.programs.miniature import GUIDANCE, TINY
 from .clip import train_clip
 from .folder import SCHEDULER_CONFIG, write_folder
 from .made_up_words import write_captions
-from .measure import sample_images, write_card, write_sheet
+from .measure import sample_images, train_probe, write_card, write_sheet
 from .pages import draw_pages
 from .training import PROCESSES, RANK, Workspace, to_images
 from .unet import Pages, train_unet
@@ -113,10 +113,11 @@ def make_miniature(work, out, last=None):
         shutil.copy(work / "preview.png", work / f"preview-{seen}.png")
 
     model = train_unet(work, pages, schedule, copy.deepcopy(clip.text_model), tokenizer(""), look)
+    probe = train_probe(work, array, captions)
     if RANK:
         return
     write_folder(out, work, clip, coder, model.text, model.unet)
-    write_card(work, out, array, captions)
+    write_card(work, out, probe, array, captions)
 
 
 def main(argv=None):

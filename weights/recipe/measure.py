@@ -165,9 +165,9 @@ def measure_folder(work, out, probe, array, captions):
     }
 
 
-def write_card(work, out, array, captions):
+def write_card(work, out, probe, array, captions):
     """Measure, and write weights/tiny/README.md from card.md and the figures."""
-    measured = measure_folder(work, out, train_probe(work, array, captions), array, captions)
+    measured = measure_folder(work, out, probe, array, captions)
     print(json.dumps(measured, indent=1))
     recipe, costs = work.recipe, json.loads((work / "costs.json").read_text())
 
