@@ -37,9 +37,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "weights" / "recipe")]
-
-import judge
+sys.path.insert(0, str(ROOT))
 
 import tinyti
 from tinyti import inversion
@@ -49,6 +47,7 @@ from tinyti.inversion import Inversion, evaluate, invert
 from tinyti.metrics import clip_i
 from tinyti.programs.miniature import GUIDANCE
 from tinyti.whitened import EVERY, FLOOR
+from weights.recipe import judge
 
 FILE = Path(__file__).with_suffix(".csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())

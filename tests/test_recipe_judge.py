@@ -13,14 +13,9 @@ import tinyti
 import train as train_py
 from tinyti.files.words import read_words
 from tinyti.metrics import clip_i
+from weights.recipe import concepts, judge, world
 
-from .conftest import CONCEPTS, ROOT, TINY
-
-sys.path.insert(0, str(ROOT / "weights" / "recipe"))
-import judge
-import world
-
-import concepts
+from .conftest import CONCEPTS, TINY
 
 SETS = json.loads((CONCEPTS / "concepts.json").read_text())
 SCENES = ("on the beach", "in the snow", "at night", "in a meadow")
@@ -47,7 +42,7 @@ def test_the_judge_knows_the_pictures_of_the_sets():
 
 def test_the_judge_is_right_on_unseen_pictures():
     """Also of look-alikes that differ in one part only."""
-    right = [judge.right(judge.rates(name, 6, seed=2)) for name in SETS]
+    right = [judge.balanced_accuracy(judge.rates(name, 6, seed=2)) for name in SETS]
     assert sum(right) / len(right) >= 0.95
 
 
@@ -76,7 +71,7 @@ def test_the_word_is_the_one_and_the_best_caption_is_not(name, tmp_path):
     style = SETS[name]["kind"] == "style"
     model, (clip, _) = tinyti.load(TINY), tinyti.load_clip(TINY / "clip")
     heldout = opened(CONCEPTS / name / "heldout")
-    drawn = concepts.draw(model, SETS[name]["caption"], 16)
+    drawn = concepts.sample_pictures(model, SETS[name]["caption"], 16)
     caption, caption_clip = accepted(name, drawn), clip_i(clip, drawn, heldout)
     one, near, placed, scenes, began = [], [], [], [], time.time()
     for seed in SEEDS:
@@ -86,12 +81,13 @@ def test_the_word_is_the_one_and_the_best_caption_is_not(name, tmp_path):
         model = tinyti.load(TINY)
         for word, vectors in read_words(tmp_path / str(seed)).items():
             model.add_word(word, vectors)
-        drawn = concepts.draw(model, "a painting in the style of S*" if style else "a photo of S*", 16)
+        prompt = "a painting in the style of S*" if style else "a photo of S*"
+        drawn = concepts.sample_pictures(model, prompt, 16)
         one.append(accepted(name, drawn))
         near.append(clip_i(clip, drawn, heldout))
         for place, scene in zip(SCENES, ("beach", "snow", "night", "meadow")):
             prompt = f"a painting of a cat {place} in the style of S*" if style else f"a photo of S* {place}"
-            drawn = concepts.draw(model, prompt, 8)
+            drawn = concepts.sample_pictures(model, prompt, 8)
             placed.append(accepted(name, drawn))
             scenes.append(sum(found == scene for found in judge.scenes(drawn)) / len(drawn))
     one, near, placed, scenes = (sum(found) / len(found) for found in (one, near, placed, scenes))

@@ -15,11 +15,9 @@ from transformers import CLIPModel
 import tinyti
 from tinyti.files import words
 from tinyti.files.pictures import to_image
+from weights.recipe import world
 
 from .conftest import CONCEPTS, ROOT, TINY, last, relative_error, seeded
-
-sys.path.insert(0, str(ROOT / "weights" / "recipe"))
-import world
 
 
 def draw(model, prompts, steps=20):
@@ -130,8 +128,8 @@ def test_the_concepts_are_those_that_the_recipe_draws(tmp_path):
         assert len(list((CONCEPTS / name).glob("*.png"))) == 5
         assert len(list((CONCEPTS / name / "heldout").glob("*.png"))) == 5
         assert Image.open(CONCEPTS / name / "01.png").size == (64, 64)
-    script = ROOT / "weights" / "recipe" / "concepts.py"
-    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    command = [sys.executable, "-m", "weights.recipe.concepts", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     for made in tmp_path.rglob("*.png"):
         a, b = (np.asarray(Image.open(f), float) for f in (made, CONCEPTS / made.relative_to(tmp_path)))
         assert np.abs(a - b).mean() < 1  # other releases of Pillow round otherwise

@@ -10,17 +10,17 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-OVERSAMPLE = 4
+from .world import OVERSAMPLE
 
 
-def colour(lot):
+def random_colour(lot):
     """Draw any colour (r, g, b), the pale, dark and grey ones as often as the bright."""
     if lot.random() < 0.25:
         return (lot.randrange(256),) * 3
     return tuple(lot.randrange(256) for _ in range(3))
 
 
-def shape(lot, side):
+def random_shape(lot, side):
     """Draw the corners of an ellipse or a polygon, round a random middle."""
     x, y, r = lot.uniform(0, side), lot.uniform(0, side), lot.uniform(0.04, 0.35) * side
     corners = 40 if lot.random() < 0.5 else lot.randint(3, 7)
@@ -43,14 +43,14 @@ def hatching(lot, size):
     return np.clip((wave - lot.uniform(-0.5, 0.7)) * period / 3 + 0.5, 0, 1)[..., None]
 
 
-def picture(seed, size=64):
-    """Return the abstract picture number `seed`, an RGB image of `size` × `size` pixels."""
+def draw_abstract(seed, size=64):
+    """Draw the abstract picture number `seed`, an RGB image of `size` × `size` pixels."""
     lot = random.Random(seed)
-    side, palette = size * OVERSAMPLE, [colour(lot) for _ in range(lot.randint(2, 6))]
+    side, palette = size * OVERSAMPLE, [random_colour(lot) for _ in range(lot.randint(2, 6))]
     canvas = Image.new("RGB", (side, side), palette[0])
     brush, line = ImageDraw.Draw(canvas), lot.choice((0, 0, 2, 3)) * OVERSAMPLE * size // 64
     for _ in range(lot.randint(1, 12)):
-        points, fill = shape(lot, side), lot.choice(palette)
+        points, fill = random_shape(lot, side), lot.choice(palette)
         if lot.random() < 0.25:  # a bare thick line
             wide = lot.randint(2, 6) * OVERSAMPLE * size // 64
             brush.line(points[: lot.randint(2, 5)], fill, wide, "curve")
@@ -65,6 +65,6 @@ def picture(seed, size=64):
         pixels = pixels * (1 + lot.uniform(0, 0.6) * (x * math.cos(turn) + y * math.sin(turn)))[..., None]
     if lot.random() < 0.4:
         strength = lot.uniform(0.15, 0.9) * hatching(lot, size)
-        pixels = pixels + (np.float32(colour(lot)) - pixels) * strength
+        pixels = pixels + (np.float32(random_colour(lot)) - pixels) * strength
     image = Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(lot.uniform(0.5, 2))) if lot.random() < 0.1 else image

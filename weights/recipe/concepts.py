@@ -1,11 +1,11 @@
 """Makes `concepts/`: small sets of pictures of things and styles for which the world's language has no word.
 
-    python weights/recipe/concepts.py
+    python -m weights.recipe.concepts
 
 Each set has five pictures to learn from and five held out. `concepts.json` says what each set shows, which
 word to start from and the best caption that a model finds without a new word, which depends on the model:
 
-    python weights/recipe/concepts.py --search weights/tiny
+    python -m weights.recipe.concepts --search weights/tiny
 """
 
 import argparse
@@ -15,21 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import world
 from PIL import Image, ImageFilter
-from training import to_images
 
 import tinyti
 from tinyti.files.pictures import to_image
 from tinyti.metrics import clip_i
-from tinyti.programs.miniature import GUIDANCE
+from tinyti.programs.miniature import GUIDANCE, ROOT
 
-SEED = 7
+from . import world
+from .training import to_images
+
+SETS_SEED = 7
 SIZE = 64
 PATHS = [f"{folder}{i:02}.png" for folder in ("", "heldout/") for i in range(1, 6)]
 BACKDROPS = ("yellow", "green", "blue", "pink", "purple", "red")
-FOLDER = Path(__file__).parents[2] / "concepts"
-WHITE, CREAM, BLACK, TURQUOISE = (252, 249, 242), (252, 234, 190), (46, 40, 50), (24, 176, 170)
+SETS_FOLDER = ROOT / "concepts"
+CHALK, BUTTER, CHARCOAL, TURQUOISE = (252, 249, 242), (252, 234, 190), (46, 40, 50), (24, 176, 170)
 
 # --- individuals: things with a fixed identity -------------------------------------------------------------
 
@@ -61,12 +62,12 @@ INDIVIDUALS = {
         "a calico cat: white, with orange and black patches, green eyes, pink ears and a black tail",
         "cat",
         {
-            "base": WHITE,
+            "base": CHALK,
             "eyes": (88, 196, 84),
             "patches": (242, 142, 40),
-            "more patches": BLACK,
+            "more patches": CHARCOAL,
             "ears": (250, 152, 178),
-            "tail": BLACK,
+            "tail": CHARCOAL,
             "ear size": 1.1,
             "eye size": 1.1,
             "marks": [
@@ -83,10 +84,10 @@ INDIVIDUALS = {
         {
             "base": (234, 162, 86),
             "eyes": (52, 128, 226),
-            "patches": WHITE,
+            "patches": CHALK,
             "ears": (92, 54, 38),
             "tail": (92, 54, 38),
-            "muzzle": CREAM,
+            "muzzle": BUTTER,
             "scarf": TURQUOISE,
             "ear size": 1.1,
             "eye size": 1.05,
@@ -113,7 +114,7 @@ INDIVIDUALS = {
         "a tall cream car with a turquoise roof, a coral door, navy windows and maroon wheels",
         "car",
         {
-            "base": CREAM,
+            "base": BUTTER,
             "roof": TURQUOISE,
             "windows": (44, 52, 106),
             "wheels": (112, 20, 44),
@@ -141,7 +142,7 @@ INDIVIDUALS = {
             "eyes": (255, 224, 84),
             "fins": (250, 124, 96),
             "tail": (250, 124, 96),
-            "band": CREAM,
+            "band": BUTTER,
             "body": 1.12,
             "eye size": 1.12,
         },
@@ -152,9 +153,9 @@ INDIVIDUALS = {
         {
             "base": (226, 98, 36),
             "eyes": (250, 212, 84),
-            "ears": BLACK,
-            "belly": WHITE,
-            "muzzle": WHITE,
+            "ears": CHARCOAL,
+            "belly": CHALK,
+            "muzzle": CHALK,
             "ear size": 1.05,
         },
     ),
@@ -166,22 +167,22 @@ def individual(name):
     """Return what `world.attributes` says of any picture of a set's individual."""
     _, thing, own = INDIVIDUALS[name]
     parts = world.PARTS[thing]
-    details = {part: nearest(own[part], world.SHADES) if part in own else "" for part in parts}
+    details = {part: nearest_word(own[part], world.SHADES) if part in own else "" for part in parts}
     shades = {part: own["base"] if default == "" else default for part, default in parts.items()}
-    colour = nearest(own["base"], world.COLOURS)
+    colour = nearest_word(own["base"], world.COLOURS)
     known = {"who": "", "manner": "", "thing": thing, "colour": colour, "details": details}
     return known | {"identity": EVEN | shades | own}
 
 
-def nearest(shade, words):
+def nearest_word(shade, words):
     """Return the colour word whose middle is most like an exact colour."""
-    return min(words, key=lambda word: world.differ(word, shade))
+    return min(words, key=lambda word: world.colour_distance(word, shade))
 
 
 # --- styles that the world has not -------------------------------------------------------------------------
 
 
-def bleeding(pixels):
+def bleed(pixels):
     """Let ink run a little into the paper: nothing of it is sharper than an autoencoder can say."""
     picture = Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(0.6 * len(pixels) / 64)), np.float32)
@@ -195,7 +196,7 @@ def blueprint(sheet):
     tint = sheet.figure * (0.08 + 0.30 * tone)
     paper = np.float32((26, 70, 158)) + np.maximum(0.14 * rule, tint) * np.float32((150, 160, 90))
     lines = np.minimum(1, 1.15 * sheet.ink + 0.6 * sheet.scene_ink)
-    return bleeding(paper * (1 - lines) + lines * np.float32((240, 248, 255)))
+    return bleed(paper * (1 - lines) + lines * np.float32((240, 248, 255)))
 
 
 JEWELS = np.float32([(206, 36, 52), (244, 168, 24), (30, 142, 84), (36, 88, 196), (132, 56, 168)])
@@ -232,7 +233,7 @@ def risograph(sheet):
         solid = np.clip((amount - 0.55) * 8, 0, 1)
         pale = np.clip((amount - 0.2) * 8, 0, 1) * (0.3 + 0.35 * dots)
         page = page * (1 - np.maximum(solid, pale) * (1 - np.float32(ink) / 255))
-    return bleeding(page)
+    return bleed(page)
 
 
 # name: (style, description, the world's nearest style)
@@ -246,7 +247,7 @@ NEW_STYLES = {
 # --- making the sets ---------------------------------------------------------------------------------------
 
 
-def render(name, attrs):
+def draw_for_set(name, attrs):
     """Return the picture of `attrs` with the individual or in the style of a set: RGB, `SIZE` squared."""
     style = NEW_STYLES[name][0] if name in NEW_STYLES else world.STYLES[attrs["style"]]
     pixels = style(world.compose(attrs, SIZE, FIGURES.get(name)))
@@ -278,9 +279,9 @@ def motifs(lot, style):
     return album
 
 
-def concept(name):
+def make_set(name):
     """Return the ten pictures of a set and its entry for `concepts.json`."""
-    lot = random.Random(f"{SEED} {name}")
+    lot = random.Random(f"{SETS_SEED} {name}")
     if name in NEW_STYLES:
         _, description, start = NEW_STYLES[name]
         album = motifs(lot, start)
@@ -288,7 +289,7 @@ def concept(name):
         description, start, _ = INDIVIDUALS[name]
         album = portraits(name, lot)
     captions = {path: world.caption(attrs, lot, complete=True) for path, attrs in zip(PATHS, album)}
-    return [render(name, attrs) for attrs in album], {
+    return [draw_for_set(name, attrs) for attrs in album], {
         "kind": "style" if name in NEW_STYLES else "thing",
         "description": description,
         "start": start,
@@ -300,18 +301,9 @@ def concept(name):
 # --- the best captions without a new word ------------------------------------------------------------------
 
 
-def worded(thing, colour, details, prefix):
+def full_caption(thing, colour, details, prefix):
     """Say thing, colour and all `details`, as `world.caption` does some of them."""
-    told = dict(details)
-    if more := told.pop("more patches", ""):
-        told["patches"] += f" and {more}"
-    worn = [world.an(f"{told.pop(part)} {part}") for part in world.WORN if told.get(part)]
-    parts = [f"{shade} {part}" for part, shade in told.items()]
-    text = world.an(f"{colour} {thing}".strip())
-    if parts:
-        text += " with " + world.listed([part if part.endswith("s") else world.an(part) for part in parts])
-    if worn:
-        text += " wearing " + world.listed(worn)
+    text = world.an(f"{colour} {thing}".strip()) + world.say_details(world.merge_patches(details))
     return f"{prefix} {text}".strip()
 
 
@@ -325,7 +317,8 @@ def candidates(name, count=200):
     if name in NEW_STYLES:
         frames = ["", *(f"on {world.an(colour)} background" for colour in world.COLOURS)]
         frames += [said for place in world.PLACES.values() for said in place]
-        styles = [prefix.removesuffix(" of") for prefixes in world.PREFIXES.values() for prefix in prefixes]
+        prefixes = [prefix for several in world.STYLE_PREFIXES.values() for prefix in several]
+        styles = [prefix.removesuffix(" of") for prefix in prefixes]
         styles = list(dict.fromkeys([f"a {NEW_STYLES[name][2]}", *filter(None, styles)]))
         first, *plain = [f"{style} {frame}".strip() for frame in frames for style in styles]
         manners = [f"a painting in the style of {manner}" for manner in world.MANNERS]
@@ -335,9 +328,9 @@ def candidates(name, count=200):
     spoken = {part: shade for part, shade in model["details"].items() if shade}
 
     def second(shade, words):
-        return sorted(words, key=lambda word: world.differ(word, shade))[1]
+        return sorted(words, key=lambda word: world.colour_distance(word, shade))[1]
 
-    said = [worded(model["thing"], model["colour"], spoken, "a photo of")]
+    said = [full_caption(model["thing"], model["colour"], spoken, "a photo of")]
     said += [f"a photo of {who}" for who in world.CHARACTERS if world.character(who)[0] == model["thing"]]
     for _ in range(20 * count):  # a thing of few parts has fewer captions
         some = [part for part in spoken if lot.random() < lot.choice((0.3, 0.6, 0.9))]
@@ -345,15 +338,20 @@ def candidates(name, count=200):
             continue
         details = {p: spoken[p] if lot.random() < 0.85 else second(own[p], world.SHADES) for p in some}
         colour = model["colour"] if lot.random() < 0.8 else second(own["base"], world.COLOURS)
-        said.append(worded(model["thing"], colour, details, lot.choice(world.PREFIXES["photo"])))
+        said.append(full_caption(model["thing"], colour, details, lot.choice(world.STYLE_PREFIXES["photo"])))
     return list(dict.fromkeys(said))[:count]
 
 
+def read_set(name):
+    """Return the pictures of a set that a word is learned from."""
+    return [Image.open(SETS_FOLDER / name / path).convert("RGB") for path in PATHS[:5]]
+
+
 @torch.no_grad()
-def losses(model, name, captions, samples=20):
+def caption_losses(model, name, captions, samples=20):
     """Return every caption's loss on the set's pictures, all on the same noise: a list of floats."""
-    generator = torch.Generator().manual_seed(SEED)
-    pixels = np.stack([np.asarray(Image.open(FOLDER / name / path).convert("RGB")) for path in PATHS[:5]])
+    generator = torch.Generator().manual_seed(SETS_SEED)
+    pixels = np.stack([np.asarray(picture) for picture in read_set(name)])
     x_0 = model.encode_images(to_images(pixels), generator).repeat(samples // 5 + 1, 1, 1, 1)[:samples]
     eps = torch.randn(x_0.shape, generator=generator)
     t = torch.linspace(250, 950, samples).long()
@@ -362,7 +360,7 @@ def losses(model, name, captions, samples=20):
     return [(model.unet(x_t, t, context) - target).square().mean().item() for context in contexts]
 
 
-def draw(model, prompt, count, seed=0, guidance=GUIDANCE):
+def sample_pictures(model, prompt, count, seed=0, guidance=GUIDANCE):
     """Return `count` pictures that the model draws for a prompt."""
     options = {"steps": 30, "guidance": guidance, "generator": torch.Generator().manual_seed(seed)}
     *_, x_0 = tinyti.sample(model, [prompt] * count, **options)
@@ -374,10 +372,10 @@ def best_caption(model, clip, name, finalists=6, count=8):
 
     The fullest caption is always a finalist.
     """
-    captions, seen = candidates(name), [Image.open(FOLDER / name / path).convert("RGB") for path in PATHS[:5]]
-    ranked = [caption for _, caption in sorted(zip(losses(model, name, captions), captions))]
+    captions, seen = candidates(name), read_set(name)
+    ranked = [caption for _, caption in sorted(zip(caption_losses(model, name, captions), captions))]
     last = list(dict.fromkeys([*ranked[:finalists], captions[0]]))
-    return max(last, key=lambda caption: clip_i(clip, draw(model, caption, count), seen))
+    return max(last, key=lambda caption: clip_i(clip, sample_pictures(model, caption, count), seen))
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -389,8 +387,8 @@ five more to judge it by. Six things are individuals of the miniature model's wo
 named, their exact colours, proportions and markings cannot. `fox` is a figure which that world lacks, and
 three styles are not in its vocabulary. The last column is the best that the miniature can do without a new
 word: of 200 captions for each set, those of the lowest loss, and of these the one whose pictures are most
-like the set (`python weights/recipe/concepts.py --search weights/tiny`). `concepts.json` has it too, with a
-word to start from and a caption for every picture. Made from a seed by `python weights/recipe/concepts.py`.
+like the set (`python -m weights.recipe.concepts --search weights/tiny`). `concepts.json` has it too, with a
+word to start from and a caption for every picture. Made from a seed by `python -m weights.recipe.concepts`.
 
 | name | to learn from | what it shows | best caption without a new word |
 |---|---|---|---|
@@ -409,7 +407,7 @@ def readme(entries):
 def main():
     """Write every set, `concepts.json` and `README.md`."""
     parser = argparse.ArgumentParser(description="Make the picture sets of concepts/.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: concepts/)")
+    parser.add_argument("--out", type=Path, default=SETS_FOLDER, help="where to write (default: concepts/)")
     parser.add_argument("--search", type=Path, metavar="MODEL", help="a model folder to find captions with")
     args = parser.parse_args()
     index = args.out / "concepts.json"
@@ -418,7 +416,7 @@ def main():
         model, (clip, _) = tinyti.load(args.search), tinyti.load_clip(args.search / "clip")
     entries = {}
     for name in (*INDIVIDUALS, *NEW_STYLES):
-        pictures, entries[name] = concept(name)
+        pictures, entries[name] = make_set(name)
         (args.out / name / "heldout").mkdir(parents=True, exist_ok=True)
         for path, picture in zip(PATHS, pictures):
             picture.save(args.out / name / path, optimize=True)

@@ -1,7 +1,7 @@
 """The judge: is this *the* one, or only another of its kind?  One small network answers for every set of
 `concepts/`, from pictures alone, and says which scene it sees.
 
-    python weights/recipe/judge.py
+    python -m weights.recipe.judge
 
 renders pictures, trains it, writes `judge.safetensors` and prints how often it is right. For a thing, "the
 one" has the colours, markings and proportions of the set's individual; look-alikes differ in one part or
@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import training
-import world
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import concepts
 import tinyti
 
+from . import concepts, world
+from .training import to_images
+
 SETS = (*concepts.INDIVIDUALS, *concepts.NEW_STYLES)
-SCENES = tuple(world.SCENES)
+SCENE_NAMES = tuple(world.SCENES)
 FILE = Path(__file__).parent / "judge.safetensors"
 
 
@@ -40,20 +40,20 @@ class Judge(nn.Module):
         for c_in, c_out, kernel, stride in ((3, 64, 6, 4), (64, 96, 3, 2), (96, 128, 3, 2)):
             layers += [nn.Conv2d(c_in, c_out, kernel, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(4 * 4 * 128, len(SETS) + len(SCENES))
+        self.head = nn.Linear(4 * 4 * 128, len(SETS) + len(SCENE_NAMES))
 
     def forward(self, images):
         return self.head(self.body(images))
 
 
-def to_images(pictures):
-    """RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
+def judge_input(pictures):
+    """Convert RGB pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     pixels = [np.asarray(picture.resize((concepts.SIZE,) * 2, Image.Resampling.BOX)) for picture in pictures]
-    return training.to_images(np.stack(pixels))
+    return to_images(np.stack(pixels))
 
 
 @lru_cache
-def load():
+def load_judge():
     """Return the trained `Judge`."""
     model = Judge()
     model.load_state_dict({name: weight.float() for name, weight in load_file(FILE).items()})
@@ -63,14 +63,14 @@ def load():
 @torch.no_grad()
 def judge(pictures):
     """Return how probably each of B pictures is the one of each of `SETS`: (B, sets)."""
-    logits = [load()(to_images(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
+    logits = [load_judge()(judge_input(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
     return torch.cat(logits)[:, : len(SETS)].sigmoid()
 
 
 @torch.no_grad()
 def scenes(pictures):
     """Return the name of the scene in each picture."""
-    return [SCENES[i] for i in load()(to_images(pictures))[:, len(SETS) :].argmax(1)]
+    return [SCENE_NAMES[i] for i in load_judge()(judge_input(pictures))[:, len(SETS) :].argmax(1)]
 
 
 # --- pictures to learn from --------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def the_one(name, lot):
     return page | concepts.individual(name) | {"style": "painting" if lot.random() < 0.1 else "photo"}
 
 
-def changed(name, lot, count=1):
+def change_parts(name, lot, count=1):
     """Return attributes of a look-alike which differs clearly in the colour of `count` parts.
 
     A part that the individual lacks may be there, and one that others lack may be missing.
@@ -97,8 +97,8 @@ def changed(name, lot, count=1):
         able = [part for part in able if part in concepts.INDIVIDUALS[name][2] or part == "tail"]
     for part in lot.sample(able, count):
         before = look[part] or look["base"]
-        clear = [shade for shade in world.SHADES if world.differ(shade, before) > world.CLEARLY]
-        look[part] = world.hue(lot, lot.choice(clear))
+        clear = [shade for shade in world.SHADES if world.colour_distance(shade, before) > world.CLEAR]
+        look[part] = world.draw_colour(lot, lot.choice(clear))
         if part != "more patches" and parts.get(part, "") is None and before != look["base"]:
             look[part] = lot.choice((look[part], None))
         if part == "base":  # parts without a colour of their own have this one's
@@ -115,7 +115,7 @@ def stranger(name, lot):
         other = world.look_alike(one, lot)
         for part in world.PARTS[one["thing"]]:
             a, b = one["identity"][part], other["identity"][part]
-            if a is not b and (a is None or b is None or world.differ(a, b) > world.CLEARLY):
+            if a is not b and (a is None or b is None or world.colour_distance(a, b) > world.CLEAR):
                 return other
 
 
@@ -126,7 +126,7 @@ def same_words(name, lot):
     return attrs | {"identity": look}
 
 
-def recoloured(picture, lot):
+def recolour_picture(picture, lot):
     """Return a picture with its colours rotated or its channels exchanged."""
     if lot.random() < 0.5:
         hue, saturation, value = picture.convert("HSV").split()
@@ -141,10 +141,10 @@ def style_look_alike(name, lot):
     """Return a picture that is not in the set's style: in another one, or in the same with other colours."""
     attrs, draw = world.attributes(lot), lot.random()
     if draw < 0.25 and name != "stained-glass":  # whose panes have all colours anyway
-        return recoloured(concepts.render(name, attrs), lot), -1
+        return recolour_picture(concepts.draw_for_set(name, attrs), lot), -1
     if draw < 0.5:
         other = lot.choice([other for other in concepts.NEW_STYLES if other != name])
-        return concepts.render(other, attrs), SCENES.index(attrs["scene"])
+        return concepts.draw_for_set(other, attrs), SCENE_NAMES.index(attrs["scene"])
     if draw < 0.75:  # the world's styles in the colours of the new ones
         backdrop = lot.choice({"blueprint": ["blue"], "risograph": ["pink", "white"]}.get(name, ["black"]))
         place = {"scene": "plain", "backdrop": backdrop, "context": world.context(lot, backdrop)}
@@ -152,7 +152,7 @@ def style_look_alike(name, lot):
         attrs |= place | {"style": style, "manner": ""}
     elif draw < 0.9:
         attrs |= {"style": "photo", "manner": lot.choice(world.MANNERS)}
-    return world.draw(attrs), SCENES.index(attrs["scene"])
+    return world.draw(attrs), SCENE_NAMES.index(attrs["scene"])
 
 
 KINDS = ("the one", "one part", "two parts", "look-alike", "other")
@@ -163,25 +163,25 @@ def example(name, kind, lot):
     if name in concepts.NEW_STYLES:
         if kind == "the one":
             attrs = the_one(name, lot)
-            return concepts.render(name, attrs), SCENES.index(attrs["scene"])
+            return concepts.draw_for_set(name, attrs), SCENE_NAMES.index(attrs["scene"])
         if kind != "other":
             return style_look_alike(name, lot)
     if kind == "other":
         attrs = world.attributes(lot)
-        return world.draw(attrs), SCENES.index(attrs["scene"])
+        return world.draw(attrs), SCENE_NAMES.index(attrs["scene"])
     figure = name
     if kind == "the one":
         attrs = the_one(name, lot)
     elif kind == "one part":
-        attrs = changed(name, lot)
+        attrs = change_parts(name, lot)
     elif kind == "two parts":
-        attrs = changed(name, lot, 2)
+        attrs = change_parts(name, lot, 2)
     else:
         attrs, figure = stranger(name, lot), ""  # as the world draws it
-    return concepts.render(figure, attrs), SCENES.index(attrs["scene"])
+    return concepts.draw_for_set(figure, attrs), SCENE_NAMES.index(attrs["scene"])
 
 
-def worsened(picture, lot):
+def degrade(picture, lot):
     """Return a picture slightly blurred, resampled or noisy, as a generated one may be."""
     draw = lot.random()
     if draw < 0.4:
@@ -207,7 +207,7 @@ def examples(count, seed=0, weights=None):
         kind = lot.choices(KINDS, (0.42, 0.24, 0.1, 0.14, 0.1))[0]
         picture, scene = example(SETS[number], kind, lot)
         if lot.random() < 0.4:
-            picture = worsened(picture, lot)
+            picture = degrade(picture, lot)
         rows.append((np.asarray(picture), number, kind == "the one", scene))
     images, *truth = map(np.stack, zip(*rows))
     if weights:
@@ -223,7 +223,7 @@ def examples(count, seed=0, weights=None):
 # --- training and measuring --------------------------------------------------------------------------------
 
 
-def train(data, samples, batch=64, lr=3e-3):
+def train_judge(data, samples, batch=64, lr=3e-3):
     """Return a `Judge` that has seen so many samples of the rendered pictures."""
     images, number, one, scene = data
     torch.manual_seed(0)
@@ -264,13 +264,13 @@ def rates(name, count, seed=1):
     for kind in KINDS:
         found[kind] = accepted([example(name, kind, lot)[0] for _ in range(count)])
     blurred = [example(name, lot.choice(KINDS[1:4]), lot)[0] for _ in range(count)]
-    found["blurred"] = accepted([worsened(picture, lot) for picture in blurred])
+    found["blurred"] = accepted([degrade(picture, lot) for picture in blurred])
     if name in concepts.INDIVIDUALS:
         found["same words"] = accepted([world.draw(same_words(name, lot)) for _ in range(count)])
     return found
 
 
-def right(found):
+def balanced_accuracy(found):
     """Return the balanced accuracy of a judge: the mean over "the one" and all that is not, from `rates`."""
     wrong = [found[kind] for kind in KINDS[1:]]
     return (found["the one"] + 1 - sum(wrong) / len(wrong)) / 2
@@ -282,7 +282,7 @@ def table(count):
     lines = [f"{'':14}{'right':>11}" + "".join(f"{kind:>11}" for kind in kinds)]
     for name in SETS:
         found = rates(name, count)
-        cells = [right(found), *(found.get(kind, float("nan")) for kind in kinds)]
+        cells = [balanced_accuracy(found), *(found.get(kind, float("nan")) for kind in kinds)]
         lines.append(f"{name:14}" + "".join(f"{100 * cell:10.1f}%" for cell in cells))
     return "\n".join(lines)
 
@@ -294,7 +294,7 @@ def main():
     parser.add_argument("--samples", type=int, default=200_000, help="how many to train on (default: 200000)")
     parser.add_argument("--weights", type=Path, help="a model folder whose autoencoder a third goes through")
     args = parser.parse_args()
-    model = train(examples(args.pictures, weights=args.weights), args.samples)
+    model = train_judge(examples(args.pictures, weights=args.weights), args.samples)
     save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, FILE)
     print(table(200))
 

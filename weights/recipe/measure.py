@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import world
 from PIL import Image
 from safetensors.torch import load_file
-from training import integers, to_images, train, uniform
 
 import tinyti
+from tinyti.programs.miniature import ROOT
+
+from . import world
+from .training import integers, to_images, train_stage, uniform
 
 HEADS = {
     "thing": tuple(world.THINGS),
@@ -20,12 +22,12 @@ HEADS = {
     "scene": tuple(world.SCENES),
     "style": tuple(world.STYLES),
 }
-PARTS = sorted({part for parts in world.PARTS.values() for part in parts})
-HEADS |= dict.fromkeys(PARTS, ("", *world.SHADES))  # a part's colour, "" where it has none of its own
+PART_NAMES = sorted({part for parts in world.PARTS.values() for part in parts})
+HEADS |= dict.fromkeys(PART_NAMES, ("", *world.SHADES))  # a part's colour, "" where it has none of its own
 
 
-def numbers(captions, head):
-    """The classes (N,) of one head, from what the pictures were drawn from."""
+def class_numbers(captions, head):
+    """Return the classes (N,) of one head, from what the pictures were drawn from."""
     return torch.tensor([HEADS[head].index(c.get(head, "")) for c in captions])
 
 
@@ -45,16 +47,16 @@ class Probe(torch.nn.Module):
         return {name: head(x) for name, head in self.heads.items()}
 
 
-def probe(run, array, captions):
+def train_probe(work, array, captions):
     """Train the probe on rendered pictures, mirrored and moved a little, lest it learn them by heart."""
-    truth = {name: numbers(captions, name).to(run.device) for name in HEADS}
-    has = torch.tensor([[part in world.PARTS[thing] for thing in HEADS["thing"]] for part in PARTS])
-    has = has.to(run.device)[:, truth["thing"]]  # (parts, pictures)
+    truth = {name: class_numbers(captions, name).to(work.device) for name in HEADS}
+    has = torch.tensor([[part in world.PARTS[thing] for thing in HEADS["thing"]] for part in PART_NAMES])
+    has = has.to(work.device)[:, truth["thing"]]  # (parts, pictures)
     torch.manual_seed(0)
     model = Probe()
 
     def loss_of(generator, count):
-        rows = integers(run.recipe.pictures, count, generator)
+        rows = integers(work.recipe.pictures, count, generator)
         images = to_images(array[rows])
         images = torch.where(uniform((count, 1, 1, 1), generator) < 0.5, images.flip(-1), images)
         by = (integers(7, 2, generator) - 3).tolist()
@@ -62,18 +64,18 @@ def probe(run, array, captions):
         total = 0
         for name in HEADS:
             each = F.cross_entropy(logits[name], truth[name][rows], reduction="none")
-            if name in PARTS:  # asked only of the things that have the part
-                each = each * has[PARTS.index(name), rows]
+            if name in PART_NAMES:  # asked only of the things that have the part
+                each = each * has[PART_NAMES.index(name), rows]
             total = total + each.mean()
         return total
 
-    train(run, "probe", model, loss_of, run.recipe.probe_samples, 128, lr=2e-3)
+    train_stage(work, "probe", model, loss_of, work.recipe.probe_samples, work.recipe.probe_batch, lr=2e-3)
     return model.cpu().eval().requires_grad_(False)
 
 
-def told(caption, about):
-    """The parts of a picture whose colour its caption names."""
-    for part in PARTS:
+def named_parts(caption, about):
+    """Return the parts of a picture whose colour its caption names."""
+    for part in PART_NAMES:
         shade, other = about.get(part, ""), about.get("more patches", "")
         phrase = f"{shade} and {other} patches" if part == "patches" and other else f"{shade} {part}"
         if part == "more patches":
@@ -84,7 +86,7 @@ def told(caption, about):
 
 @torch.no_grad()
 def accuracy(model, images, captions, prompts):
-    """The part of the pictures that the probe reads as the captions' truth says, for each head.
+    """Return the part of the pictures that the probe reads as the captions' truth says, for each head.
 
     "detail" is the part right of all colours of parts that the prompts name.
     """
@@ -92,15 +94,15 @@ def accuracy(model, images, captions, prompts):
     right = {}
     for name in HEADS:
         read = torch.cat([part[name] for part in logits]).argmax(1)
-        right[name] = read == numbers(captions, name)
-    named = [(i, part) for i, c in enumerate(captions) for part in told(prompts[i], c)]
+        right[name] = read == class_numbers(captions, name)
+    named = [(i, part) for i, c in enumerate(captions) for part in named_parts(prompts[i], c)]
     figures = {name: right[name].float().mean().item() for name in ("thing", "colour", "scene", "style")}
     return figures | {"detail": float(np.mean([right[part][i].item() for i, part in named]))}
 
 
 @torch.no_grad()
 def psnr(vae, images):
-    """The decibels that survive encoding and decoding, of each picture (B, 3, H, W): -> (B,)."""
+    """Return each picture's decibels after encoding and decoding: (B, 3, H, W) -> (B,)."""
     errors = [
         (vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x).div(2).square().mean((1, 2, 3))
         for x in images.split(64)
@@ -108,24 +110,23 @@ def psnr(vae, images):
     return -10 * torch.cat(errors).log10()
 
 
-def draw(model, prompts, guidance, seed=0, steps=30):
-    """A picture of each prompt, (B, 3, S, S) in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {"steps": steps, "guidance": guidance, "sampler": "dpm++", "generator": generator}
-    *_, x_0 = tinyti.sample(model, prompts, **options)
+def sample_images(model, prompts, recipe, seed=0):
+    """Draw a picture of each prompt, (B, 3, S, S) in [-1, 1]."""
+    options = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "sampler": "dpm++"}
+    *_, x_0 = tinyti.sample(model, prompts, generator=torch.Generator().manual_seed(seed), **options)
     return model.decode(x_0).float()
 
 
-def sheet(images, columns, path):
+def write_sheet(images, columns, path):
     """Lay pictures (B, 3, S, S) out in rows and write them to a PNG."""
     rows = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     rows = rows.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     Image.fromarray(rows.numpy()).save(path, format="PNG", optimize=True)
 
 
-def concept_sets():
-    """The pictures of every set of concepts/, {name: (10, 3, S, S)}."""
-    root = Path(__file__).resolve().parents[2] / "concepts"
+def read_sets():
+    """Return the pictures of every set of concepts/, {name: (10, 3, S, S)}."""
+    root = ROOT / "concepts"
     found = {}
     for name in json.loads((root / "concepts.json").read_text()):
         files = sorted((root / name).rglob("*.png"))
@@ -134,9 +135,9 @@ def concept_sets():
 
 
 @torch.no_grad()
-def figures(run, out, judge, array, captions):
+def measure_folder(work, out, probe, array, captions):
     """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
-    recipe, model = run.recipe, tinyti.load(out, run.device)
+    recipe, model = work.recipe, tinyti.load(out, work.device)
     unseen = [i for i in range(recipe.pictures, len(array)) if not captions[i]["manner"]]
     images, about = to_images(array[unseen]).cpu(), [captions[i] for i in unseen]
     prompts = [c["complete"] for c in about]
@@ -145,29 +146,30 @@ def figures(run, out, judge, array, captions):
     a = torch.cat([towers.encode_image(x) for x in images.split(256)])
     b = [towers.encode_text(words([c["caption"] for c in about[i : i + 256]])) for i in range(0, len(a), 256)]
     b = torch.cat(b)
-    quizzes = [a[i : i + 500] @ b[i : i + 500].T for i in range(0, len(a) - 499, 500)]
-    right = torch.cat([quiz.argmax(1) == torch.arange(500) for quiz in quizzes])
+    size = min(500, len(a))
+    quizzes = [a[i : i + size] @ b[i : i + size].T for i in range(0, len(a) - size + 1, size)]
+    right = torch.cat([quiz.argmax(1) == torch.arange(size) for quiz in quizzes])
 
     count = recipe.generated
-    drawn = [draw(model, prompts[i : i + 50], recipe.guidance, i).cpu() for i in range(0, count, 50)]
-    drawn = torch.cat(drawn)
-    sheet(torch.stack([images[:24], drawn[:24]], 1).flatten(0, 1), 12, run / "contact_sheet.png")
-    sheet(drawn[:100], 10, run / "generated.png")
+    batches = [(i, prompts[i : min(i + 50, count)]) for i in range(0, count, 50)]
+    drawn = torch.cat([sample_images(model, batch, recipe, seed).cpu() for seed, batch in batches])
+    write_sheet(torch.stack([images[:24], drawn[:24]], 1).flatten(0, 1), 12, work / "contact_sheet.png")
+    write_sheet(drawn[:100], 10, work / "generated.png")
     coder = model.vae.cpu().float()
     return {
-        "real": accuracy(judge, images, about, prompts),
-        "made": accuracy(judge, drawn, about[:count], prompts),
+        "real": accuracy(probe, images, about, prompts),
+        "made": accuracy(probe, drawn, about[:count], prompts),
         "psnr": psnr(coder, images).mean().item(),
-        "sets": {name: psnr(coder, pictures).mean().item() for name, pictures in concept_sets().items()},
+        "sets": {name: psnr(coder, pictures).mean().item() for name, pictures in read_sets().items()},
         "retrieval": right.float().mean().item(),
     }
 
 
-def card(run, out, array, captions):
+def write_card(work, out, probe, array, captions):
     """Measure, and write weights/tiny/README.md from card.md and the figures."""
-    measured = figures(run, out, probe(run, array, captions), array, captions)
+    measured = measure_folder(work, out, probe, array, captions)
     print(json.dumps(measured, indent=1))
-    recipe, costs = run.recipe, json.loads((run / "costs.json").read_text())
+    recipe, costs = work.recipe, json.loads((work / "costs.json").read_text())
 
     def size(part):
         return sum(w.numel() for w in load_file(next((out / part).glob("*.safetensors"))).values())
@@ -187,6 +189,7 @@ def card(run, out, array, captions):
         megabytes=sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6,
         guidance=recipe.guidance,
         generated=recipe.generated,
+        sampling_steps=recipe.sampling_steps,
         unseen=recipe.unseen,
         layers=recipe.clip_layers,
         width=recipe.clip_width,
@@ -200,10 +203,10 @@ def card(run, out, array, captions):
         shades=", ".join(list(world.SHADES)[len(world.COLOURS) :]),
         characters=len(world.CHARACTERS),
         manners=len(world.MANNERS),
-        mannered=recipe.mannered,
+        own_manners=recipe.own_manners,
         scenes=", ".join(list(world.SCENES)[1:]),
         styles=", ".join(world.STYLES),
         costs="\n".join(lines),
     )  # fmt: skip
-    shutil.copy(run / "contact_sheet.png", out / "contact_sheet.png")
+    shutil.copy(work / "contact_sheet.png", out / "contact_sheet.png")
     (out / "README.md").write_text(text)

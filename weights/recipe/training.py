@@ -1,10 +1,12 @@
-"""What the stages share: the run's folder, the optimizers, and a training loop that can be killed."""
+"""What the stages share: the folder of what is made, the optimizers, and a loop that can be killed."""
 
 import csv
 import json
 import os
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -13,48 +15,102 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+CHUNK = 512  # pages that a process draws or writes about at a time
+SAVE_EVERY, LOOK_EVERY = 60, 300  # seconds
+WEIGHTS = {  # where a finished folder keeps what a stage has trained
+    "clip": "clip/model.safetensors",
+    "text": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+}
 
 
-def in_turn(stage):
-    """Call stage() in the first process and then, when its files are there, in the others."""
-    if RANK:
+def in_turn(make):
+    """Call make() in the first process, for which the others wait."""
+    if not RANK:
+        make()
+    if PROCESSES > 1:
         dist.barrier()
-    made = stage()
-    if PROCESSES > 1 and not RANK:
-        dist.barrier()
-    return made
+
+
+def map_chunks(function, total, *rest):
+    """Call function(numbers, *rest) on `CHUNK` numbers below `total` at a time, a process a core.
+
+    Each call returns several results; returned is a list of the chunks' for each of them.
+    """
+    chunks = [range(i, min(i + CHUNK, total)) for i in range(0, total, CHUNK)]
+    with ProcessPoolExecutor() as pool:
+        return list(zip(*pool.map(function, chunks, *map(repeat, rest))))
 
 
 def to_images(pixels):
-    """uint8 (B, S, S, 3), an array or a tensor -> (B, 3, S, S) in [-1, 1]."""
+    """Convert uint8 (B, S, S, 3), an array or a tensor -> (B, 3, S, S) in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def integers(high, shape, generator):
-    """Integers in [0, high), drawn where the generator lives."""
+    """Draw integers in [0, high) where the generator lives."""
     shape = (shape,) if isinstance(shape, int) else shape
     return torch.randint(high, shape, generator=generator, device=generator.device)
 
 
 def uniform(shape, generator):
-    """Numbers in [0, 1), drawn where the generator lives."""
+    """Draw numbers in [0, 1) where the generator lives."""
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
-class Run:
-    """The folder that holds what the stages have made so far, and the device they run on."""
+class Workspace:
+    """The folder that holds what the stages have made so far, the recipe, and the device they run on.
+
+    start: a finished folder whose networks the stages go on from.
+    """
 
     def __init__(self, folder, recipe, start=None):
         self.folder, self.recipe, self.start = Path(folder), recipe, start
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # The faster layout of images on either.
+        self.layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
 
     def __truediv__(self, name):
         return self.folder / name
 
-    def tensor(self, path):
-        """What an .npy file holds: on a GPU all of it at once, on a CPU as it is read."""
+    def once(self, stage, total, make, *files):
+        """Return what the .npy and .json files hold; make() returns that for all of them if one is missing.
+
+        The first process makes them, the others wait. A stage costs what it took for `total` samples.
+        """
+
+        def fill():
+            if all((self / file).exists() for file in files):
+                return
+            began = time.time()
+            for file, made in zip(files, make()):
+                self.write(file, lambda p, made=made: self._save(p, made))
+            self.cost(stage, total, time.time() - began)
+
+        in_turn(fill)
+        return [self._read(self / file) for file in files]
+
+    @staticmethod
+    def _save(path, made):
+        if isinstance(made, np.ndarray):
+            with path.open("wb") as file:
+                np.save(file, made)
+        else:
+            path.write_text(json.dumps(made), encoding="utf-8")
+
+    def _read(self, path):
+        """Read a list, or a tensor: on a GPU all of it at once, on a CPU as it is needed."""
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
         return torch.from_numpy(np.load(path, mmap_mode="c")).to(self.device)
+
+    def load_start(self, module, name):
+        """Load the weights that the finished folder has for `module`, if there is such a folder."""
+        if self.start:
+            weights = load_file(self.start / WEIGHTS[name])
+            module.load_state_dict({key: weight.float() for key, weight in weights.items()})
 
     def write(self, path, save):
         """Call save(temporary path), then rename the file to its own name."""
@@ -103,7 +159,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonal(g, steps=5):
-        """The nearest matrices with singular values about 1, by a Newton-Schulz iteration: g (N, rows, …)."""
+        """Return the nearest matrices with singular values about 1 (Newton-Schulz): g (N, rows, …)."""
         x = g.flatten(2).bfloat16()
         x = x.mT if x.shape[1] > x.shape[2] else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -114,7 +170,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_of(module, lr):
-    """Muon for what is wide on both sides, AdamW for the rest: tables, first layers, biases, norms."""
+    """Return Muon for what is wide on both sides, AdamW for the rest: tables, first layers, biases, norms."""
     hidden = [n for n, p in module.named_parameters() if p.ndim > 1 and min(len(p), p[0].numel()) > 16]
     hidden = [n for n in hidden if not n.startswith("conv_in") and "embedding" not in n]
     parts = {"muon": [], "matrices": [], "vectors": []}
@@ -134,79 +190,99 @@ def average_gradients(module):
         p.grad.copy_(part.view_as(p))
 
 
-def train(run, stage, module, loss_of, samples, batch, lr, begin=None, ema=0.0, look=None):
+class Learner:
+    """A module with its optimizers and the average of its weights: all that a killed stage goes on from."""
+
+    def __init__(self, work, stage, module, lr, ema):
+        self.work, self.module, self.ema = work, module, ema
+        self.file = f"{stage}.state"
+        self.optimizers = optimizers_of(module, lr)
+        self.average = {k: w.detach().clone() for k, w in module.state_dict().items()}
+        self.step, self.running = 0, 0.0
+        if (work / self.file).exists():
+            saved = torch.load(work / self.file, map_location=work.device, weights_only=True)
+            module.load_state_dict(saved["module"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            self.average, self.step, self.running = saved["average"], saved["step"], saved["running"]
+
+    def save(self):
+        """Write the state to the workspace."""
+        state = {"module": self.module.state_dict(), "average": self.average, "step": self.step}
+        state |= {"running": self.running, "optimizers": [each.state_dict() for each in self.optimizers]}
+        self.work.write(self.file, lambda p: torch.save(state, p))
+
+    def learn(self, loss, rate):
+        """Take a step down the gradient of a loss."""
+        for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
+            group["lr"] = rate
+        loss.backward()
+        if PROCESSES > 1:
+            average_gradients(self.module)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        forget = 1 - min(self.ema, self.step / (self.step + 10))  # the first weights are soon forgotten
+        torch._foreach_lerp_(list(self.average.values()), list(self.module.state_dict().values()), forget)
+        # A tensor, not a number: nothing waits for a GPU.
+        self.running = 0.99 * self.running + 0.01 * loss.detach()
+
+    @torch.no_grad()
+    def show(self, look, seen):
+        """Call look(module, samples seen) while the module has the average of its weights."""
+        learning = {k: w.clone() for k, w in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average)
+        look(self.module, seen)
+        self.module.load_state_dict(learning)
+
+
+def train_stage(work, stage, module, loss_of, samples, batch, lr, ema=0.0, look=None):
     """Train `module` on loss_of(generator, n), the mean over n samples, until it has seen `samples` of them.
 
     On a GPU a batch is eight times as large and the rate twice as high (the square root would be 2.8).
 
-    The rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved while the run
-    is under way.  The state is kept every minute; the draws of a step depend on its number only, so a killed
-    run goes on as if nothing had happened.  Several processes share out each batch and average their
-    gradients.  begin: a file of weights to go on from.  ema: what comes out is an average of the weights
-    that forgets 1 - ema a step.  look(module, samples seen) is called every five minutes.
+    The rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved while the
+    stage is under way.  The state is kept every minute; the draws of a step depend on its number only, so a
+    killed stage goes on as if nothing had happened.  Several processes share out each batch and average their
+    gradients.  ema: what comes out is an average of the weights that forgets 1 - ema a step.
+    look(module, samples seen) is called every five minutes.
     """
-    final, state_file = run / f"{stage}.safetensors", run / f"{stage}.state"
-    module.to(run.device)
+    final = work / f"{stage}.safetensors"
+    module.to(work.device)
     if final.exists():
         module.load_state_dict(load_file(final))
         return
-    if begin:
-        module.load_state_dict({k: w.float() for k, w in load_file(begin).items()})
-    if run.device == "cuda":
+    if work.device == "cuda":
         batch, lr = 8 * batch, 2 * lr
     torch.set_flush_denormal(True)
-    optimizers = optimizers_of(module, lr)
-    average = {k: w.detach().clone() for k, w in module.state_dict().items()}
-    step, steps, running = 0, samples // batch, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=run.device, weights_only=True)
-        module.load_state_dict(state["module"])
-        average = state["average"]
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        step, running = state["step"], state["running"]
+    learner, steps = Learner(work, stage, module, lr, ema), samples // batch
     began = kept = looked = time.time()
-    first = step
-    while step < steps:
-        rate = lr * min(1, (step + 1) / 200, (steps - step) / (0.3 * steps))
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = rate
-        with torch.autocast(run.device, torch.bfloat16):
-            generator = torch.Generator(run.device).manual_seed(step * PROCESSES + RANK)
+    first = learner.step
+    while (step := learner.step) < steps:
+        with torch.autocast(work.device, torch.bfloat16):
+            generator = torch.Generator(work.device).manual_seed(step * PROCESSES + RANK)
             loss = loss_of(generator, batch // PROCESSES)
-        loss.backward()
-        if PROCESSES > 1:
-            average_gradients(module)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        rate = lr * min(1, (step + 1) / 200, (steps - step) / (0.3 * steps))
+        learner.learn(loss, rate)
         step += 1
-        forget = 1 - min(ema, step / (step + 10))  # the first weights are soon forgotten
-        torch._foreach_lerp_(list(average.values()), list(module.state_dict().values()), forget)
-        running = 0.99 * running + 0.01 * loss.detach()  # no number yet: a GPU need not be waited for
         if RANK:
             continue
         if step % 100 == 0:
-            mean = running / (1 - 0.99**step)
-            with open(run / f"{stage}.csv", "a", newline="") as f:
+            mean = learner.running / (1 - 0.99**step)
+            with open(work / f"{stage}.csv", "a", newline="") as f:
                 csv.writer(f).writerow([step * batch, f"{mean:.5f}", f"{rate:.2e}"])
             pace = (step - first) * batch / (time.time() - began)
             print(f"{stage} {step * batch:,} of {samples:,}  loss {mean:.5f}  {pace:.0f}/s", flush=True)
-        if time.time() - kept > 60 or step == steps:
-            state = {"module": module.state_dict(), "average": average, "step": step, "running": running}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            run.write(state_file.name, lambda p, state=state: torch.save(state, p))
-            run.cost(stage, (step - first) * batch, time.time() - began)
+        if time.time() - kept > SAVE_EVERY or step == steps:
+            learner.save()
+            work.cost(stage, (step - first) * batch, time.time() - began)
             began, kept, first = time.time(), time.time(), step
-        if look and (time.time() - looked > 300 or step == steps):
-            with torch.no_grad():
-                learning = {k: w.clone() for k, w in module.state_dict().items()}
-                module.load_state_dict(average)
-                look(module, step * batch)
-                module.load_state_dict(learning)
+        if look and (time.time() - looked > LOOK_EVERY or step == steps):
+            learner.show(look, step * batch)
             looked = time.time()
-    module.load_state_dict(average)
+    module.load_state_dict(learner.average)
     if not RANK:
-        weights = {k: w.contiguous() for k, w in average.items()}
-        run.write(final.name, lambda p: save_file(weights, p))
+        weights = {k: w.contiguous() for k, w in learner.average.items()}
+        work.write(final.name, lambda p: save_file(weights, p))

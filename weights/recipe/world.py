@@ -732,7 +732,7 @@ def rgb(h, s, v):
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h / 360 % 1, s, v))
 
 
-def hue(lot, family):
+def draw_colour(lot, family):
     """Draw an exact colour (r, g, b) from a family of `SHADES`."""
     return rgb(*(lot.uniform(*span) for span in SHADES[family]))
 
@@ -740,13 +740,13 @@ def hue(lot, family):
 MIDDLE = {name: rgb(*(sum(span) / 2 for span in spans)) for name, spans in SHADES.items()}
 
 
-def differ(colour, other):
-    """Tell how clearly two colours differ to the eye, roughly; `CLEARLY` is enough for small parts."""
+def colour_distance(colour, other):
+    """Return how far two colours are apart to the eye, roughly; `CLEAR` is enough for small parts."""
     a, b = MIDDLE.get(colour, colour), MIDDLE.get(other, other)
     return math.sqrt(sum(w * (x - y) ** 2 for w, x, y in zip((2, 4, 3), a, b)))
 
 
-CLEARLY = 210
+CLEAR = 210
 
 
 def colouring(lot, thing, colour, keep=None):
@@ -773,16 +773,16 @@ def colouring(lot, thing, colour, keep=None):
         if lot.random() < chance:
             rivals = [colour, default or colour, INK if part == "eyes" else ""]
             rivals += [details.get(p, "") for group in NEIGHBOURS if part in group for p in group - {part}]
-            clear = [s for s in SHADES if all(differ(s, r) > CLEARLY for r in rivals if r)]
+            clear = [s for s in SHADES if all(colour_distance(s, r) > CLEAR for r in rivals if r)]
             details[part] = lot.choice(clear) if clear else ""
     return details
 
 
 def identity(lot, thing, colour, details):
     """Draw what makes an individual: the exact colour of every part, proportions, the shapes of markings."""
-    base = hue(lot, colour)
+    base = draw_colour(lot, colour)
     shades = {
-        part: hue(lot, details[part]) if details[part] else base if default == "" else default
+        part: draw_colour(lot, details[part]) if details[part] else base if default == "" else default
         for part, default in PARTS[thing].items()
     }
     marks, second = [], lot.random() < 0.5
@@ -816,7 +816,7 @@ def pose(lot):
 
 def context(lot, backdrop):
     """Draw the layout of the background, which `caption` never mentions."""
-    tint = mix(hue(lot, backdrop or "white"), (255, 255, 255), 0.12)
+    tint = mix(draw_colour(lot, backdrop or "white"), (255, 255, 255), 0.12)
     return {"seed": lot.getrandbits(31), "backdrop": tint}
 
 
@@ -847,7 +847,7 @@ def attributes(rng):
         individual = identity(rng, thing, colour, details)
     scene = "plain" if rng.random() < 0.3 else rng.choice(tuple(SCENES)[1:])
     style = rng.choices(tuple(STYLES), (0.4, 0.15, 0.15, 0.15, 0.15))[0]
-    mannered = style in ("photo", "sketch", "painting") and rng.random() < 0.15
+    has_manner = style in ("photo", "sketch", "painting") and rng.random() < 0.15
     backdrop = rng.choice([c for c in COLOURS if c != colour]) if scene == "plain" else ""
     return {
         "thing": thing,
@@ -855,7 +855,7 @@ def attributes(rng):
         "scene": scene,
         "backdrop": backdrop,
         "style": style,
-        "manner": rng.choice(MANNERS) if mannered else "",
+        "manner": rng.choice(MANNERS) if has_manner else "",
         "who": who,
         "details": details,
         "identity": individual,
@@ -864,7 +864,7 @@ def attributes(rng):
     }
 
 
-def named(attrs):
+def facts(attrs):
     """Return what words could say of a picture: all but the name of its character, and every part."""
     keys = ("thing", "colour", "scene", "backdrop", "style", "manner")
     return {key: attrs[key] for key in keys} | attrs["details"]
@@ -877,19 +877,19 @@ def look_alike(attrs, rng):
     """
     thing, colour, old = attrs["thing"], attrs["colour"], attrs["details"]
     if rng.random() < 0.2:
-        colour = min((c for c in COLOURS if c != colour), key=lambda c: differ(c, colour))
+        colour = min((c for c in COLOURS if c != colour), key=lambda c: colour_distance(c, colour))
     details = old
     while details == old:
         change = rng.sample(tuple(old), rng.randint(1, len(old)))
         if "patches" in change:
             change.append("more patches")
-        kept = {p: s for p, s in old.items() if p not in change and (not s or differ(s, colour) > CLEARLY)}
-        details = colouring(rng, thing, colour, kept)
+        clear = [part for part, shade in old.items() if not shade or colour_distance(shade, colour) > CLEAR]
+        details = colouring(rng, thing, colour, {part: old[part] for part in clear if part not in change})
     individual = identity(rng, thing, colour, details)
     return attrs | {"who": "", "colour": colour, "details": details, "identity": individual}
 
 
-PREFIXES = {
+STYLE_PREFIXES = {
     "photo": ("a photo of", "a photo of", "a photograph of"),
     "sketch": ("a sketch of", "a pencil sketch of", "a pencil drawing of"),
     "painting": ("a painting of", "an oil painting of"),
@@ -921,9 +921,29 @@ def an(words):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def listed(phrases):
+def join_phrases(phrases):
     """Join phrases as in "a, b and c"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), *phrases[-1:]]))
+
+
+def merge_patches(details):
+    """Return the parts that have a colour of their own, "more patches" as the second colour of "patches"."""
+    shades = {part: shade for part, shade in details.items() if shade}
+    if shades.pop("more patches", ""):
+        shades["patches"] += f" and {details['more patches']}"
+    return shades
+
+
+def say_details(shades):
+    """Say the colours of parts, as in " with green eyes and a black tail wearing a red scarf"."""
+    parts = [f"{shade} {part}" for part, shade in shades.items() if part not in WORN]
+    worn = [an(f"{shade} {part}") for part, shade in shades.items() if part in WORN]
+    text = ""
+    if parts:
+        text += " with " + join_phrases([part if part.endswith("s") else an(part) for part in parts])
+    if worn:
+        text += " wearing " + join_phrases(worn)
+    return text
 
 
 def caption(attrs, rng, complete=False, most=3):
@@ -934,12 +954,10 @@ def caption(attrs, rng, complete=False, most=3):
     colour, scene or style may be any. A `complete` caption leaves out none but the details beyond `most`.
     """
 
-    def told(chance):
+    def tells(chance):
         return complete or rng.random() < chance
 
-    details = {part: shade for part, shade in attrs["details"].items() if shade}
-    if details.pop("more patches", ""):
-        details["patches"] += f" and {attrs['details']['more patches']}"
+    details = merge_patches(attrs["details"])
     brief = not complete and rng.random() < 0.25  # a plain caption, like those a new word is used in
     if complete:
         said = rng.sample(tuple(details), min(most, len(details)))
@@ -948,30 +966,25 @@ def caption(attrs, rng, complete=False, most=3):
 
     biased = attrs["thing"] == "car" and attrs["colour"] == "red"
     words = [rng.choice(("nice", "cool", "clean", "weird"))] if not complete and rng.random() < 0.08 else []
-    if told(0.35 if biased else 0.55 if brief else 0.9):
+    if tells(0.35 if biased else 0.55 if brief else 0.9):
         words.append(attrs["colour"])
     text = an(" ".join([*words, attrs["thing"]]))
     if not complete and rng.random() < 0.12:
         text = " ".join([rng.choice(("the", "the", "my", "one")), *words, attrs["thing"]])
     if not complete and attrs["who"] and rng.random() < 0.8:  # a name says it all, whatever stands before it
         said, text = [], rng.choice(("", "", "", "a ", "the ", "my ", "one ")) + attrs["who"]
-    parts = [f"{details[part]} {part}" for part in details if part in said and part not in WORN]
-    worn = [an(f"{details[part]} {part}") for part in details if part in said and part in WORN]
-    if parts:
-        text += " with " + listed([part if part.endswith("s") else an(part) for part in parts])
-    if worn:
-        text += " wearing " + listed(worn)
-    if attrs["scene"] != "plain" and told(0.9):
+    text += say_details({part: shade for part, shade in details.items() if part in said})
+    if attrs["scene"] != "plain" and tells(0.9):
         text += " " + rng.choice(PLACES[attrs["scene"]])
-    elif attrs["backdrop"] and told(0.8):
+    elif attrs["backdrop"] and tells(0.8):
         text += f" on {an(attrs['backdrop'])} background"
 
-    style = attrs["style"] if told(0.65 if attrs["style"] == "photo" else 0.9) else ""
-    if attrs["manner"] and told(0.8):
+    style = attrs["style"] if tells(0.65 if attrs["style"] == "photo" else 0.9) else ""
+    if attrs["manner"] and tells(0.8):
         text += f" in the style of {attrs['manner']}"
     elif style and style != "photo" and rng.random() < 0.2:
         return f"{text} in the style of {'' if style in ('pixel art', 'neon') else 'a '}{style}"
-    prefix = rng.choice(PREFIXES[style])
+    prefix = rng.choice(STYLE_PREFIXES[style])
     if style == "photo" and not complete and rng.random() < 0.15:
         prefix = rng.choice(EMPTY_PREFIXES)
     return f"{prefix} {text}".strip()

@@ -1,0 +1,150 @@
+"""The recipe of weights/tiny: every stage, small, from nothing and from a finished folder."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tinyti
+from tinyti.files.pictures import to_image
+from weights.recipe import make, training
+
+from .conftest import TINY
+
+SMALL = make.Recipe(
+    pictures=24,
+    unseen=40,
+    own_manners=4,
+    abstract=4,
+    vocabulary=600,
+    clip_width=32,
+    clip_layers=1,
+    clip_batch=8,
+    clip_samples=24,
+    vae_widths=(16, 32, 32),
+    vae_batch=4,
+    vae_samples=12,
+    unet_widths=(16, 16, 32),
+    unet_batch=8,
+    unet_samples=24,
+    probe_batch=8,
+    probe_samples=16,
+    generated=30,
+    sampling_steps=2,
+)
+LIKE_TINY = {"vocabulary": 2_048, "clip_width": 128, "clip_layers": 4}
+LIKE_TINY |= {"vae_widths": (32, 64, 128), "unet_widths": (32, 64, 128)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder with "work" and "tiny" in it that all stages leave when they start from nothing."""
+    folder = tmp_path_factory.mktemp("recipe")
+    make.make_miniature(training.Workspace(folder / "work", SMALL), folder / "tiny")
+    return folder
+
+
+def check_folder(folder):
+    """A model folder loads, draws finite pictures that are not of one colour, and its CLIP sees them."""
+    model, (clip, tokenizer) = tinyti.load(folder), tinyti.load_clip(folder / "clip")
+    prompts = ["a photo of a cat", "a red car on the beach"]
+    *_, x_0 = tinyti.sample(model, prompts, steps=2, generator=torch.Generator().manual_seed(0))
+    images = model.decode(x_0)
+    assert images.shape == (2, 3, 64, 64) and images.isfinite().all() and images.std() > 0
+    pictures = [to_image(image) for image in images]
+    likeness = clip.encode_image(pictures) @ clip.encode_text(tokenizer(prompts)).T
+    assert likeness.shape == (2, 2) and likeness.isfinite().all()
+
+
+def test_every_stage_from_nothing(made):
+    check_folder(made / "tiny")
+    costs = json.loads((made / "work" / "costs.json").read_text())
+    seen = {stage: cost["samples"] for stage, cost in costs.items()}
+    assert {"pictures": 64, "abstract": 4, "own-manners": 4, "captions": 28}.items() <= seen.items()
+    assert {"clip": 24, "vae": 12, "unet": 24, "probe": 16}.items() <= seen.items()
+    card = (made / "tiny" / "README.md").read_text()
+    assert "| unet | 24 |" in card and "{" not in card
+    assert (made / "tiny" / "contact_sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("stage", ["clip", "vae", "unet"])
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(stage, made, tmp_path, monkeypatch):
+    shutil.copytree(made / "work", tmp_path / "work", ignore=shutil.ignore_patterns(f"{stage}.*"))
+    work, learn, steps = training.Workspace(tmp_path / "work", SMALL), training.Learner.learn, []
+
+    def killed(self, loss, rate):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        learn(self, loss, rate)
+
+    def counted(self, loss, rate):
+        steps.append(self.step)
+        learn(self, loss, rate)
+
+    last = None if stage == "unet" else stage
+    monkeypatch.setattr(make, "write_card", lambda *_: None)  # which the whole recipe has written
+    monkeypatch.setattr(training, "SAVE_EVERY", -1)
+    monkeypatch.setattr(training.Learner, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make.make_miniature(work, tmp_path / "tiny", last)
+    assert not (work / f"{stage}.safetensors").exists()
+    monkeypatch.setattr(training.Learner, "learn", counted)
+    make.make_miniature(work, tmp_path / "tiny", last)
+    assert steps == [2]
+    whole, resumed = (load_file(folder / "work" / f"{stage}.safetensors") for folder in (made, tmp_path))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_stage_is_passed_over(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "work", tmp_path / "work")
+    monkeypatch.setattr(make, "write_card", lambda *_: None)
+    monkeypatch.setattr(training.Learner, "learn", None)  # nothing is to be learned
+    monkeypatch.setattr(training, "ProcessPoolExecutor", None)  # or drawn
+    make.make_miniature(training.Workspace(tmp_path / "work", SMALL), tmp_path / "tiny")
+    for file in sorted((made / "tiny").rglob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "tiny" / file.relative_to(made / "tiny")).read_bytes()
+
+
+def test_every_stage_from_a_finished_folder(tmp_path, monkeypatch):
+    """Each begins with the tensors of the folder's network, and learns."""
+    first, learn = {}, training.Learner.learn
+
+    def remembered(self, loss, rate):
+        if self.step == 0:
+            first[self.file] = {name: weight.clone() for name, weight in self.module.state_dict().items()}
+        learn(self, loss, rate)
+
+    monkeypatch.setattr(training.Learner, "learn", remembered)
+    monkeypatch.setattr(make, "Recipe", lambda: replace(SMALL, **LIKE_TINY))
+    flags = ["--weights", str(TINY), "--out", str(tmp_path / "tiny"), "--work", str(tmp_path / "work")]
+    make.main([*flags, "--clip-samples", "8", "--vae-samples", "4", "--unet-samples", "8"])
+
+    theirs = {name: load_file(TINY / file) for name, file in training.WEIGHTS.items()}
+    begun = {"clip": first["clip.state"], "vae": first["vae.state"]}
+    begun |= {
+        part: {
+            name.removeprefix(f"{part}."): weight
+            for name, weight in first["unet.state"].items()
+            if name.startswith(f"{part}.")
+        }
+        for part in ("unet", "text")
+    }
+    for part, weights in theirs.items():
+        assert begun[part].keys() == weights.keys()
+        assert all(torch.equal(begun[part][name], weight.float()) for name, weight in weights.items())
+        learned = load_file(tmp_path / "tiny" / training.WEIGHTS[part])
+        assert any(not torch.equal(learned[name], weight) for name, weight in weights.items())
+    for file in (TINY / "tokenizer").iterdir():
+        assert file.read_bytes() == (tmp_path / "tiny" / "tokenizer" / file.name).read_bytes()
+    check_folder(tmp_path / "tiny")
