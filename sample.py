@@ -82,9 +82,13 @@ def draw_pictures(args):
     refuse_to_replace([*chain(*files), sheet, attention], args.force)
 
     model = cli.load_model(args)
+    size = args.size or [model.size]
+    height, width = size[0], size[-1]
+    model.check_size(height, width)
+    model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
     add_words(model, args.words)
     words = [check_prompt(model, prompt, args.words or args.attention) for prompt in args.prompts]
-    painter = Painter(args, model)
+    painter = Painter(args, model, (height, width))
 
     out.mkdir(parents=True, exist_ok=True)
     rows, maps = [], []
@@ -116,11 +120,8 @@ def refuse_to_replace(files, force):
 class Painter:
     """Draws as the flags say: from noise, from --image or in the --mask of it.  `settings` describe it."""
 
-    def __init__(self, args, model):
-        size = args.size or [model.size]
-        self.model, self.size = model, (size[0], size[-1])
-        model.check_size(*self.size)
-        model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
+    def __init__(self, args, model, size):
+        self.model, self.size = model, size
         guidance = default_guidance(args.weights) if args.guidance is None else args.guidance
         self.options = {"steps": args.steps, "guidance": guidance, "sampler": args.sampler, "eta": args.eta,
                         "negative": args.negative}  # fmt: skip
