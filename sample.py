@@ -105,9 +105,13 @@ def draw_pictures(args):
     refuse_to_replace([*chain(*files), sheet, *[attention] * args.attention], args.force)
 
     model = cli.load_model(args)
+    size = args.size or [model.size]
+    height, width = size[0], size[-1]
+    model.check_size(height, width)
+    model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
     add_words(model, args.words, args.clip_skip)
     words = check_texts(model, args)
-    painter = Painter(args, model)
+    painter = Painter(args, model, (height, width))
     note_flags_without_effect(args, painter.options)
 
     rows, maps = [], []
@@ -156,11 +160,8 @@ def note_flags_without_effect(args, options):
 class Painter:
     """Draws as the flags say: from noise, from --image or in the --mask of it.  `settings` describe it."""
 
-    def __init__(self, args, model):
-        size = args.size or [model.size]
-        self.model, self.size = model, (size[0], size[-1])
-        model.check_size(*self.size)
-        model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
+    def __init__(self, args, model, size):
+        self.model, self.size = model, size
         guidance = default_guidance(args.weights) if args.guidance is None else args.guidance
         self.options = {
             "steps": args.steps,

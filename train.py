@@ -118,8 +118,8 @@ def train(args):
     check_prompts(model, concept, examples.prompts)
     state = Inversion(model, concept, args.optimizer, args.lr)
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
-    progress = tqdm(total=args.steps, initial=state.step, unit="step", disable=not run)
-    with run or nullcontext(), progress as bar:
+    progress = {"initial": state.step, "unit": "step", "disable": not run}
+    with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
         if dist.is_initialized():  # all begin where the first does
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)

@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tinyti
-from tinyti import inversion
-from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, draw_batch, make_examples
+from tinyti import examples, inversion
+from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, make_examples, timestep_at
 from tinyti.files.pictures import read_photos, to_image
 from tinyti.inversion import Inversion, evaluate, invert
 from tinyti.metrics import clip_i
@@ -102,13 +102,12 @@ def variant(vectors, gradients, memory, lr, cap, exponent, floor, beta):
     return vectors, {"step": step, "moment": moment, "momentum": momentum, "root": root}
 
 
-def stratified(examples, size, generator):
-    """`draw`, with the timesteps' quantiles of a batch spread over equal parts of the range."""
-    x_0, eps, u, prompts = draw_batch(examples, size, generator)
-    return x_0, eps, (torch.arange(size) + u) / size, prompts
+def stratified(model, u, span):
+    """`timestep_at`, with the quantiles of a batch spread over equal parts of the range."""
+    return timestep_at(model, (torch.arange(len(u)) + u) / len(u), span)
 
 
-DRAWS = {"independent": draw, "stratified": stratified}
+DRAWS = {"independent": timestep_at, "stratified": stratified}
 
 
 def load_set(model, name):
@@ -169,23 +168,24 @@ def run(model, clip, name, seed, settings):
     row = model.tokenizer.single(SETS[name]["start"])
     start = vocabulary.mean(0, True) if s["start"] == "mean" else vocabulary[[row]]
     concept = add_word(model, start)
-    examples, heldout = load_set(model, name)
-    word = Inversion(model, concept, s["optimizer"], s["lr"])
+    learned_from, heldout = load_set(model, name)
+    state = Inversion(model, concept, s["optimizer"], s["lr"])
     if s["optimizer"] == "whitened":
         cap = s["cap"] * vocabulary.norm(dim=-1).median().item()
         choice = {"exponent": s["exponent"], "floor": s["floor"], "beta": s["momentum"]}
-        word.optimizer = partial(variant, lr=s["lr"], cap=cap, **choice)
+        state.optimizer = partial(variant, lr=s["lr"], cap=cap, **choice)
     found, seconds, began = {"loss 0": heldout_loss(model, heldout)}, 0.0, time.perf_counter()
     on_the_way = CHECKPOINTS if label(s) in FIGURE else ()
-    with patch.multiple(inversion, AVERAGE=s["average"], draw=DRAWS[s["draws"]]):
+    average = patch.object(inversion, "AVERAGE", s["average"])
+    with average, patch.object(examples, "timestep_at", DRAWS[s["draws"]]):
         steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
-        for _ in invert(model, word, examples, steps, s["batch"], seed, span=span):
+        for _ in invert(model, state, learned_from, steps, s["batch"], seed, span=span):
             seconds += time.perf_counter() - began
             for samples in on_the_way:
-                if word.step * s["batch"] >= samples and f"loss {samples}" not in found:
+                if state.step * s["batch"] >= samples and f"loss {samples}" not in found:
                     found[f"loss {samples}"] = heldout_loss(model, heldout)
             began = time.perf_counter()
-    last = f"loss {word.step * s['batch']}"
+    last = f"loss {state.step * s['batch']}"
     loss = found[last] if last in found else heldout_loss(model, heldout)
     found |= {"loss": loss, "norm": concept.norm().mean().item(), "seconds": seconds}
     return found | scores(model, *clip, name, s["guidance"])

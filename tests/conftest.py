@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,38 @@ def relative_error(reference, result):
     """The largest difference, relative to the reference's scale."""
     assert reference.shape == result.shape
     return ((reference - result).abs().max() / reference.abs().max()).item()
+
+
+def saved(contents, **options):
+    """What torch.save writes."""
+    stream = io.BytesIO()
+    torch.save(contents, stream, **options)
+    return stream.getvalue()
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def tree(folder):
+    """What is in a folder: names, and the bytes of plain files."""
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refuses(program, flags, folder, capsys, message=""):
+    """Status 2, one line that says who speaks and the `message`, and nothing written."""
+    before = tree(folder), tree(CONCEPTS / "cat")
+    status = program.main([*map(str, flags)])
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1, (flags, status, error)
+    assert error.startswith(program.__name__ + ".py: ") and message in error and len(error) < 2000, error
+    assert (tree(folder), tree(CONCEPTS / "cat")) == before, flags
 
 
 @pytest.fixture(scope="module")

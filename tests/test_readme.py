@@ -13,13 +13,10 @@ from .conftest import ROOT, TINY
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
-COMMANDS = [
-    part.strip()
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    for part in line.split("&&")
-]
+LINES = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
+PYTHON = [block for language, block in BLOCKS if language == "python" and "import" in block]
+LINKS = sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"`(tests/\w+\.py)`", TEXT)))
 
 
 def test_the_two_programs_are_shown():
@@ -40,20 +37,18 @@ def test_command(command):
         extras = re.fullmatch(r"pip install -e \.(\[(\w+)\])?", " ".join(words))
         if extras and extras[2]:
             assert f"\n{extras[2]} = [" in (ROOT / "pyproject.toml").read_text()
-        assert extras or words[:3] in (["python", "-m", "pytest"], ["python", "-m", "tinyti.embeddings"])
+        assert extras or words[:3] in (["python", "-m", "pytest"], ["python", "-m", "tinyti.convert"])
 
 
 def test_the_flags_it_names_exist():
     known = set()
-    for file in ("train.py", "sample.py", "tinyti/cli.py"):
+    for file in ("train.py", "sample.py", "tinyti/programs/cli.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / file).read_text()))
     named = set(re.findall(r"`(--[\w-]+)", TEXT)) - {"--help"}
     assert named and named <= known
 
 
-@pytest.mark.parametrize(
-    "block", [block for language, block in BLOCKS if language == "python" and "import" in block]
-)
+@pytest.mark.parametrize("block", PYTHON)
 def test_python(block, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = {}
@@ -61,14 +56,19 @@ def test_python(block, monkeypatch):
     assert made["image"].shape == (1, 3, 64, 64) and torch.isfinite(made["image"]).all()
 
 
-@pytest.mark.parametrize(
-    "link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"`(tests/\w+\.py)`", TEXT)))
-)
+@pytest.mark.parametrize("link", LINKS)
 def test_link(link):
     assert (ROOT / link).exists()
 
 
 def test_reading_order_is_complete():
-    files = {path.name for path in (ROOT / "tinyti").glob("*.py")} - {"__init__.py"}
+    files = [file for file in (ROOT / "tinyti").rglob("*.py") if file.name != "__init__.py"]
     order = TEXT[TEXT.index("## Reading order") :]
-    assert all(f"{name}`" in order for name in files)
+    assert len(files) == 27
+    assert all(f"]({file.relative_to(ROOT).as_posix()})" in order for file in files)
+
+
+def test_the_list_of_test_pages_is_complete():
+    named = re.findall(r"`(test_\w+\*?)`", (ROOT / "tests" / "README.md").read_text())
+    pages = {page.stem for name in named for page in (ROOT / "tests").glob(f"{name}.py")}
+    assert pages == {page.stem for page in (ROOT / "tests").glob("test_*.py")} and len(named) >= 24
