@@ -9,9 +9,13 @@ import json
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as TheirUNet
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tinyti.networks.clip import TextConfig
+from tinyti.networks.ldmbert import LDMBertConfig
 
 from .conftest import randomise
 
@@ -103,7 +107,7 @@ def tiny_stable_diffusion(family, folder, **scheduler):
 def tiny_ldm(folder, **scheduler):
     """The paper's own model in miniature: 8 heads in the text transformer as in the UNet."""
     size = bert_vocabulary(folder)
-    text = LDMBertConfig(
+    text = TheirBertConfig(
         vocab_size=size, encoder_layers=3, encoder_ffn_dim=80, head_dim=6, d_model=40, dropout=0.0
     )
     return LDMTextToImagePipeline(
@@ -252,3 +256,61 @@ def original(unet, vae, text):
     whole |= {f"cond_stage_model.{k}": w for k, w in text.items()}
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return whole | {"betas": betas, "alphas_cumprod": torch.cumprod(1 - betas, 0), "logvar": 0 * betas}
+
+
+# -- the published configurations ---------------------------------------------------------------------------
+
+WIDTHS, VAE_WIDTHS = [320, 640, 1280, 1280], [128, 256, 512, 512]
+UNET = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": WIDTHS,
+    "center_input_sample": False, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
+    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "out_channels": 4, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
+SD2_UNET = UNET | {
+    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+    "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96, "upcast_attention": True,
+    "use_linear_projection": True,
+}  # fmt: skip
+VAE = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": VAE_WIDTHS,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
+    "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+CLIP_TEXT = {
+    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
+    "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
+}  # fmt: skip
+OPENCLIP = CLIP_TEXT | {
+    "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 23, "projection_dim": 512,
+}  # fmt: skip
+BERT = {
+    "activation_function": "gelu", "architectures": ["LDMBertModel"], "d_model": 1280, "dropout": 0.1,
+    "encoder_attention_heads": 8, "encoder_ffn_dim": 5120, "encoder_layers": 32, "head_dim": 64,
+    "max_position_embeddings": 77, "model_type": "ldmbert", "num_hidden_layers": 32, "pad_token_id": 0,
+    "scale_embedding": False, "vocab_size": 30522,
+}  # fmt: skip
+
+
+def theirs_on_meta(kind, raw):
+    with torch.device("meta"):
+        if kind is TheirUNet or kind is AutoencoderKL:
+            return kind.from_config(raw)
+        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
+
+
+UNETS = {
+    "sd15": UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
+    "sd21": SD2_UNET,
+    "ldm": UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280},
+}
+TEXTS = {
+    "sd15": (TextConfig, CLIPTextModel, CLIP_TEXT),
+    "sd21": (TextConfig, CLIPTextModel, OPENCLIP),
+    "ldm": (LDMBertConfig, LDMBertModel, BERT),
+}

@@ -34,6 +34,7 @@ from tinyti.networks.unet import UNetConfig
 from tinyti.networks.vae import VAEConfig
 
 from . import published
+from .published import CLIP_TEXT, TEXTS, UNETS, VAE, theirs_on_meta  # noqa: F401
 from .conftest import ROOT, TINY
 
 PARTS = ("unet", "vae", "text")
@@ -363,60 +364,6 @@ def test_vocabulary_of_a_single_file(sd1, sd2, tmp_path):
 
 # -- the published names -------------------------------------------------------------------------------------
 
-WIDTHS, VAE_WIDTHS = [320, 640, 1280, 1280], [128, 256, 512, 512]
-UNET = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": WIDTHS,
-    "center_input_sample": False, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
-    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
-    "out_channels": 4, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}  # fmt: skip
-SD2_UNET = UNET | {
-    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
-    "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96, "upcast_attention": True,
-    "use_linear_projection": True,
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": VAE_WIDTHS,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
-    "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
-CLIP_TEXT = {
-    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
-    "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
-}  # fmt: skip
-OPENCLIP = CLIP_TEXT | {
-    "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-    "num_hidden_layers": 23, "projection_dim": 512,
-}  # fmt: skip
-BERT = {
-    "activation_function": "gelu", "architectures": ["LDMBertModel"], "d_model": 1280, "dropout": 0.1,
-    "encoder_attention_heads": 8, "encoder_ffn_dim": 5120, "encoder_layers": 32, "head_dim": 64,
-    "max_position_embeddings": 77, "model_type": "ldmbert", "num_hidden_layers": 32, "pad_token_id": 0,
-    "scale_embedding": False, "vocab_size": 30522,
-}  # fmt: skip
-
-
-def theirs_on_meta(kind, raw):
-    with torch.device("meta"):
-        if kind is TheirUNet or kind is AutoencoderKL:
-            return kind.from_config(raw)
-        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
-
-
-UNETS = {
-    "sd15": UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
-    "sd21": SD2_UNET,
-    "ldm": UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280},
-}
-TEXTS = {
-    "sd15": (TextConfig, CLIPTextModel, CLIP_TEXT),
-    "sd21": (TextConfig, CLIPTextModel, OPENCLIP),
-    "ldm": (LDMBertConfig, LDMBertModel, BERT),
-}
 NAMES = {  # with the counts of tensors, and of numbers in them, in the published files
     "sd15 unet": (UNetConfig, TheirUNet, UNETS["sd15"], 686, 859520964),
     "sd21 unet": (UNetConfig, TheirUNet, UNETS["sd21"], 686, 865910724),
