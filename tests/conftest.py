@@ -1,6 +1,8 @@
 """What several test files share."""
 
 import functools
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,23 @@ def relative_error(reference, result):
     """The largest difference, relative to the reference's scale."""
     assert reference.shape == result.shape
     return ((reference - result).abs().max() / reference.abs().max()).item()
+
+
+def saved(content, **settings):
+    """The bytes that torch.save makes of something."""
+    stream = io.BytesIO()
+    torch.save(content, stream, **settings)
+    return stream.getvalue()
+
+
+class Attack:
+    """A pickle that makes a folder when it is opened without care."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +92,24 @@ def pictures():
         base = np.stack([255 * x / w, 255 * y / h, 128 + 100 * np.sin(x / 7)], axis=-1)
         made.append(Image.fromarray((base + rng.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)))
     return made
+
+
+def of_family(name, **scheduler):
+    """A fixture: the tiny model of a family, as `published.Published` holds it."""
+
+    @pytest.fixture(scope="session", name=name)
+    def model(tmp_path_factory):
+        from .published import Published
+
+        return Published(name, tmp_path_factory.mktemp(name), **scheduler)
+
+    return model
+
+
+sd1, sd2, ldm = of_family("sd1"), of_family("sd2", prediction_type="v_prediction"), of_family("ldm")
+
+
+@pytest.fixture(params=["sd1", "sd2", "ldm"])
+def family(request):
+    """Each of the three in turn."""
+    return request.getfixturevalue(request.param)
