@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +36,21 @@ def relative_error(reference, result):
     return ((reference - result).abs().max() / reference.abs().max()).item()
 
 
-def saved(content, **settings):
-    """The bytes that torch.save makes of something."""
+def saved(contents, **options):
+    """What torch.save writes."""
     stream = io.BytesIO()
-    torch.save(content, stream, **settings)
+    torch.save(contents, stream, **options)
     return stream.getvalue()
 
 
-class Attack:
-    """A pickle that makes a folder when it is opened without care."""
+class Evil:
+    """A pickle that makes a file when it is read."""
 
-    def __init__(self, folder):
-        self.folder = str(folder)
+    def __init__(self, file):
+        self.file = file
 
     def __reduce__(self):
-        return os.mkdir, (self.folder,)
+        return open, (str(self.file), "w")
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +81,6 @@ def _tiny():
     return tinyti.load(TINY)
 
 
-@pytest.fixture(scope="session")
-def pictures():
-    """Three pictures of different shapes: smooth colours under noise."""
-    rng = np.random.default_rng(0)
-    made = []
-    for h, w in ((40, 60), (97, 33), (32, 32)):
-        y, x = np.mgrid[0:h, 0:w]
-        base = np.stack([255 * x / w, 255 * y / h, 128 + 100 * np.sin(x / 7)], axis=-1)
-        made.append(Image.fromarray((base + rng.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)))
-    return made
-
-
 def of_family(name, **scheduler):
     """A fixture: the tiny model of a family, as `published.Published` holds it."""
 
@@ -113,3 +100,15 @@ sd1, sd2, ldm = of_family("sd1"), of_family("sd2", prediction_type="v_prediction
 def family(request):
     """Each of the three in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Three pictures of different shapes: smooth colours under noise."""
+    rng = np.random.default_rng(0)
+    made = []
+    for h, w in ((40, 60), (97, 33), (32, 32)):
+        y, x = np.mgrid[0:h, 0:w]
+        base = np.stack([255 * x / w, 255 * y / h, 128 + 100 * np.sin(x / 7)], axis=-1)
+        made.append(Image.fromarray((base + rng.normal(0, 20, base.shape)).clip(0, 255).astype(np.uint8)))
+    return made

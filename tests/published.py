@@ -8,7 +8,14 @@ import json
 import shutil
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMTextToImagePipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LDMTextToImagePipeline,
+    StableDiffusionPipeline,
+)
 from diffusers import UNet2DConditionModel as TheirUNet
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
@@ -25,6 +32,7 @@ from .conftest import randomise
 # What the original training code of all three families does, as diffusers writes it down.
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
 def clip_vocabulary(folder):
@@ -120,6 +128,45 @@ def tiny_ldm(folder, **scheduler):
         unet=tiny_unet(40, 8),
         scheduler=DDIMScheduler(**SCHEDULER | scheduler),
     )
+
+
+class Published:
+    """A tiny model of a family: theirs, the folder they saved, ours loaded from it, its original layout."""
+
+    def __init__(self, family, root, **scheduler):
+        self.family, self.folder = family, root / "model"
+        if family == "ldm":
+            self.theirs = tiny_ldm(root / "vocabulary", **scheduler)
+            unet, vae, text = self.theirs.unet, self.theirs.vqvae, self.theirs.bert
+            original_text = original_bert(text)
+        else:
+            self.theirs = tiny_stable_diffusion(family, root / "vocabulary", **scheduler)
+            unet, vae, text = self.theirs.unet, self.theirs.vae, self.theirs.text_encoder
+            original_text = original_openclip(text) if family == "sd2" else original_clip(text)
+        self.parts = {"unet": unet, "vae": vae, "text": text}
+        self.theirs.save_pretrained(self.folder)
+        self.ours = tinyti.load(self.folder)
+        self.original = original(original_unet(unet), original_vae(vae), original_text)
+        self.tokenizer = self.folder / "tokenizer"
+
+    def copy(self, to, part):
+        """The folder again with a part that may be changed; the other parts are links."""
+        to.mkdir()
+        for child in self.folder.iterdir():
+            if child.name != part:
+                (to / child.name).symlink_to(child)
+        return shutil.copytree(self.folder / part, to / part)
+
+    def single(self, path, weights=None):
+        """The original layout as a single file, with its vocabulary beside it."""
+        save_file({key: w.contiguous() for key, w in (weights or self.original).items()}, path)
+        (path.parent / "tokenizer").symlink_to(self.tokenizer)
+        return path
+
+    def with_text(self, text):
+        """The original layout with another text transformer."""
+        rest = {k: w for k, w in self.original.items() if not k.startswith("cond_stage_model.")}
+        return rest | {f"cond_stage_model.{k}": w for k, w in text.items()}
 
 
 # -- the original layout -------------------------------------------------------------------------------------
@@ -257,98 +304,65 @@ def original(unet, vae, text):
     return whole | {"betas": betas, "alphas_cumprod": torch.cumprod(1 - betas, 0), "logvar": 0 * betas}
 
 
-class Published:
-    """A tiny model of a family: theirs, the folder they saved, ours loaded from it, its original layout."""
+# -- the published sizes -------------------------------------------------------------------------------------
 
-    def __init__(self, family, root, **scheduler):
-        self.family, self.folder = family, root / "model"
-        if family == "ldm":
-            self.theirs = tiny_ldm(root / "vocabulary", **scheduler)
-            unet, vae, text = self.theirs.unet, self.theirs.vqvae, self.theirs.bert
-            original_text = original_bert(text)
-        else:
-            self.theirs = tiny_stable_diffusion(family, root / "vocabulary", **scheduler)
-            unet, vae, text = self.theirs.unet, self.theirs.vae, self.theirs.text_encoder
-            original_text = original_openclip(text) if family == "sd2" else original_clip(text)
-        self.parts = {"unet": unet, "vae": vae, "text": text}
-        self.theirs.save_pretrained(self.folder)
-        self.ours = tinyti.load(self.folder)
-        self.original = original(original_unet(unet), original_vae(vae), original_text)
-        self.tokenizer = self.folder / "tokenizer"
-
-    def copy(self, to, part):
-        """The folder again with a part that may be changed; the other parts are links."""
-        to.mkdir()
-        for child in self.folder.iterdir():
-            if child.name != part:
-                (to / child.name).symlink_to(child)
-        return shutil.copytree(self.folder / part, to / part)
-
-    def single(self, path, weights=None):
-        """The original layout as a single file, with its vocabulary beside it."""
-        save_file({key: w.contiguous() for key, w in (weights or self.original).items()}, path)
-        (path.parent / "tokenizer").symlink_to(self.tokenizer)
-        return path
-
-    def with_text(self, text):
-        """The original layout with another text transformer."""
-        rest = {k: w for k, w in self.original.items() if not k.startswith("cond_stage_model.")}
-        return rest | {f"cond_stage_model.{k}": w for k, w in text.items()}
-
-
-# -- the published configurations ---------------------------------------------------------------------------
-
-WIDTHS, VAE_WIDTHS = [320, 640, 1280, 1280], [128, 256, 512, 512]
-UNET = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": WIDTHS,
-    "center_input_sample": False, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
-    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
-    "out_channels": 4, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}  # fmt: skip
-SD2_UNET = UNET | {
-    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
-    "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96, "upcast_attention": True,
-    "use_linear_projection": True,
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": VAE_WIDTHS,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
+UNET = json.loads("""{
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": false, "downsample_padding": 1, "flip_sin_to_cos": true, "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
+                         "DownBlock2D"], "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}""")
+SD2_UNET = UNET | json.loads("""{
+    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": false,
+    "num_class_embeds": null, "only_cross_attention": false, "sample_size": 96, "upcast_attention": true,
+    "use_linear_projection": true}""")
+VAE = json.loads("""{
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D",
+                         "DownEncoderBlock2D"], "in_channels": 3, "latent_channels": 4,
     "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
-CLIP_TEXT = {
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}""")
+CLIP_TEXT = json.loads("""{
     "architectures": ["CLIPTextModel"], "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
     "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
     "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408,
-}  # fmt: skip
-OPENCLIP = CLIP_TEXT | {
+    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "vocab_size": 49408}""")
+OPENCLIP = CLIP_TEXT | json.loads("""{
     "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-    "num_hidden_layers": 23, "projection_dim": 512,
-}  # fmt: skip
-BERT = {
+    "num_hidden_layers": 23, "projection_dim": 512}""")
+BERT = json.loads("""{
     "activation_function": "gelu", "architectures": ["LDMBertModel"], "d_model": 1280, "dropout": 0.1,
     "encoder_attention_heads": 8, "encoder_ffn_dim": 5120, "encoder_layers": 32, "head_dim": 64,
     "max_position_embeddings": 77, "model_type": "ldmbert", "num_hidden_layers": 32, "pad_token_id": 0,
-    "scale_embedding": False, "vocab_size": 30522,
-}  # fmt: skip
-
-
-def theirs_on_meta(kind, raw):
-    with torch.device("meta"):
-        if kind is TheirUNet or kind is AutoencoderKL:
-            return kind.from_config(raw)
-        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
-
+    "scale_embedding": false, "vocab_size": 30522}""")
 
 UNETS = {
     "sd15": UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
     "sd21": SD2_UNET,
     "ldm": UNET | {"attention_head_dim": 8, "cross_attention_dim": 1280},
 }
-TEXTS = {
+TEXTS = {  # our configuration, their network, the published settings
     "sd15": (TextConfig, CLIPTextModel, CLIP_TEXT),
     "sd21": (TextConfig, CLIPTextModel, OPENCLIP),
     "ldm": (LDMBertConfig, LDMBertModel, BERT),
 }
+
+
+def theirs_on_meta(kind, raw):
+    """A network of theirs with published settings, without memory for its weights."""
+    with torch.device("meta"):
+        if kind is TheirUNet or kind is AutoencoderKL:
+            return kind.from_config(raw)
+        return kind({CLIPTextModel: CLIPTextConfig, LDMBertModel: TheirBertConfig}[kind].from_dict(dict(raw)))
+
+
+def random_network(kind, raw):
+    """A network of theirs with published settings and random weights."""
+    network = theirs_on_meta(kind, raw).to_empty(device="cpu")
+    for name, buffer in network.named_buffers():
+        assert name.endswith("position_ids")
+        buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+    for name, p in network.named_parameters():
+        torch.nn.init.constant_(p, float(p.ndim == 1 and name.endswith("weight")))
+    return randomise(network).requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from tinyti import convert
 from tinyti.files.words import compatibility_warning, read_words, write_words
 
-from .conftest import ROOT, Attack
+from .conftest import ROOT, Evil
 
 
 def test_shows_and_converts_in_a_process_of_its_own(tmp_path):
@@ -48,9 +48,9 @@ def test_tells_what_to_mind(tmp_path, command_line):
 
 
 def test_refuses_in_one_line(tmp_path, command_line):
-    torch.save(Attack(tmp_path / "proof"), tmp_path / "evil\n.pt")
+    torch.save(Evil(tmp_path / "proof"), tmp_path / "evil\n.pt")
     status, out, [error] = command_line(tmp_path / "evil\n.pt", tmp_path / "out.pt")
-    assert status == 2 and not out and "mkdir" in error
+    assert status == 2 and not out and "open" in error
     assert [path.name for path in tmp_path.iterdir()] == ["evil\n.pt"]
 
 

@@ -17,7 +17,7 @@ from tinyti.files.folder import DOWNLOAD, build
 from tinyti.files.single import read_single_file, read_text_transformer
 from tinyti.files.tensors import read_tensors
 
-from .conftest import TINY, Attack, saved
+from .conftest import TINY, Evil, saved
 
 
 def fails(kind, path, *words, load=tinyti.load, **settings):
@@ -307,7 +307,7 @@ def test_what_is_no_regular_file_is_not_opened(file, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("place", ["bin", "ckpt", "ckpt beside the weights"])
 def test_code_in_a_pickle_never_runs(sd1, zipped, place, tmp_path):
-    attack = Attack(tmp_path / "proof")
+    attack = Evil(tmp_path / "proof")
     path = target = tmp_path / "m.ckpt"
     content = attack if place == "ckpt" else {"state_dict": sd1.original, "callbacks": attack}
     if place == "bin":
@@ -316,8 +316,8 @@ def test_code_in_a_pickle_never_runs(sd1, zipped, place, tmp_path):
         path, content = (target / file).with_suffix(".bin"), load_file(TINY / file) | {"conv_in.bias": attack}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     torch.load(path, weights_only=False)
-    (tmp_path / "proof").rmdir()  # the attack is real
-    fails(ValueError, target, str(path), "posix.mkdir, which was not run", "as .safetensors")
+    (tmp_path / "proof").unlink()  # the attack is real
+    fails(ValueError, target, str(path), "open, which was not run", "as .safetensors")
     assert not (tmp_path / "proof").exists()
 
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from tinyti.files import whole
 from tinyti.files.words import UNNAMED, check_name, read_words, write_words
 
-from .conftest import ROOT, Attack, saved
+from .conftest import ROOT, Evil, saved
 
 LAYERS = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(3, 12))]
 NOT_NAMED = "ignore:.*inside it is:UserWarning"  # a .pt under another name than the word's
@@ -255,9 +255,9 @@ def test_pair_of_files_for_sdxl(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_code_in_a_pickle_never_runs(tmp_path):
-    attack = Attack(tmp_path / "proof")
+    attack = Evil(tmp_path / "proof")
     pickle.loads(pickle.dumps(attack))
-    (tmp_path / "proof").rmdir()  # the attack is real
+    (tmp_path / "proof").unlink()  # the attack is real
     contents = {"string_to_param": {"*": vectors(1)}, "x": attack}
     files = {
         "zip.pt": saved(contents),
@@ -268,7 +268,7 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         # torch's reader does not know protocol 4 and so cannot say what would be called
-        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["mkdir", "was not run"]))
+        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["open", "was not run"]))
         assert not (tmp_path / "proof").exists()
 
 
