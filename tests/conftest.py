@@ -96,6 +96,27 @@ def _tiny():
     return tinyti.load(TINY)
 
 
+def of_family(name, **scheduler):
+    """A fixture: the tiny model of a family, as `published.Published` holds it."""
+
+    @pytest.fixture(scope="session", name=name)
+    def model(tmp_path_factory):
+        from .published import Published
+
+        return Published(name, tmp_path_factory.mktemp(name), **scheduler)
+
+    return model
+
+
+sd1, sd2, ldm = of_family("sd1"), of_family("sd2", prediction_type="v_prediction"), of_family("ldm")
+
+
+@pytest.fixture(params=["sd1", "sd2", "ldm"])
+def family(request):
+    """Each of the three in turn."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def pictures():
     """Three pictures of different shapes: smooth colours under noise."""

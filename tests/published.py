@@ -5,6 +5,7 @@ nested lists.  Nothing here knows the loader's rules, which go the other way."""
 
 import copy
 import json
+import shutil
 
 import torch
 from diffusers import (
@@ -18,9 +19,11 @@ from diffusers import (
 from diffusers import UNet2DConditionModel as TheirUNet
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import tinyti
 from tinyti.networks.clip import TextConfig
 from tinyti.networks.ldmbert import LDMBertConfig
 
@@ -46,12 +49,12 @@ def clip_vocabulary(folder):
 
 def bert_vocabulary(folder):
     """A small word-piece vocabulary as BERT's file."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?'*"
+    letters = [*map(chr, range(0x21, 0x7F)), *"éñ猫只אבחת"]
     entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
-    entries += ["cat", "dog", "photo", "of", "##s"]
+    entries += "cat cats dog photo of the strasse unhappy ##ing ##to".split()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(entries)) + "\n", "utf-8")
-    return len(dict.fromkeys(entries))
+    (folder / "vocab.txt").write_text("\n".join([*entries, ""]), "utf-8")
+    return len(entries)
 
 
 def tiny_unet(context_dim, heads, linear=False, width=32, **settings):
@@ -127,31 +130,70 @@ def tiny_ldm(folder, **scheduler):
     )
 
 
+class Published:
+    """A tiny model of a family: theirs, the folder they saved, ours loaded from it, its original layout."""
+
+    def __init__(self, family, root, **scheduler):
+        self.family, self.folder = family, root / "model"
+        if family == "ldm":
+            self.theirs = tiny_ldm(root / "vocabulary", **scheduler)
+            unet, vae, text = self.theirs.unet, self.theirs.vqvae, self.theirs.bert
+            original_text = original_bert(text)
+        else:
+            self.theirs = tiny_stable_diffusion(family, root / "vocabulary", **scheduler)
+            unet, vae, text = self.theirs.unet, self.theirs.vae, self.theirs.text_encoder
+            original_text = original_openclip(text) if family == "sd2" else original_clip(text)
+        self.parts = {"unet": unet, "vae": vae, "text": text}
+        self.theirs.save_pretrained(self.folder)
+        self.ours = tinyti.load(self.folder)
+        self.original = original(original_unet(unet), original_vae(vae), original_text)
+        self.tokenizer = self.folder / "tokenizer"
+
+    def copy(self, to, part):
+        """The folder again with a part that may be changed; the other parts are links."""
+        to.mkdir()
+        for child in self.folder.iterdir():
+            if child.name != part:
+                (to / child.name).symlink_to(child)
+        return shutil.copytree(self.folder / part, to / part)
+
+    def single(self, path, weights=None):
+        """The original layout as a single file, with its vocabulary beside it."""
+        save_file({key: w.contiguous() for key, w in (weights or self.original).items()}, path)
+        (path.parent / "tokenizer").symlink_to(self.tokenizer)
+        return path
+
+    def with_text(self, text):
+        """The original layout with another text transformer."""
+        rest = {k: w for k, w in self.original.items() if not k.startswith("cond_stage_model.")}
+        return rest | {f"cond_stage_model.{k}": w for k, w in text.items()}
+
+
 # -- the original layout -------------------------------------------------------------------------------------
 
 
 class Layout(dict):
     """A state dictionary that is filled module by module."""
 
-    def put(self, name, module, parts=None):
-        """All weights of a module under a name, or those of its parts {new: old}."""
-        for new, old in (parts or {"": ""}).items():
+    def put(self, name, module, parts="="):
+        """All weights of a module under a name, or those of its parts: "new=old new=old"."""
+        for part in parts.split():
+            new, old = part.split("=")
             for key, weight in module.get_submodule(old).state_dict().items():
                 self[".".join(filter(None, (name, new, key)))] = weight
 
 
 def _unet_resnet(layout, name, resnet):
     # Between them are activations and dropout.
-    parts = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-             "out_layers.0": "norm2", "out_layers.3": "conv2"}  # fmt: skip
-    shortcut = {"skip_connection": "conv_shortcut"} if resnet.conv_shortcut is not None else {}
-    layout.put(name, resnet, parts | shortcut)
+    layout.put(name, resnet, "in_layers.0=norm1 in_layers.2=conv1 out_layers.0=norm2 out_layers.3=conv2")
+    shortcut = " skip_connection=conv_shortcut" if resnet.conv_shortcut is not None else ""
+    layout.put(name, resnet, "emb_layers.1=time_emb_proj" + shortcut)
 
 
 def original_unet(unet):
     """openaimodel.UNetModel: two flat lists of short sequences, and a middle."""
     layout = Layout()
-    layout.put("time_embed", unet.time_embedding, {"0": "linear_1", "2": "linear_2"})
+    layout.put("time_embed", unet.time_embedding, "0=linear_1 2=linear_2")
     layout.put("input_blocks.0.0", unet.conv_in)
     n = 1
     for block in unet.down_blocks:
@@ -176,27 +218,26 @@ def original_unet(unet):
                 place = 2 if hasattr(block, "attentions") else 1
                 layout.put(f"output_blocks.{n}.{place}.conv", block.upsamplers[0].conv)
             n += 1
-    layout.put("out", unet, {"0": "conv_norm_out", "2": "conv_out"})
+    layout.put("out", unet, "0=conv_norm_out 2=conv_out")
     return layout
 
 
 def _vae_resnet(layout, name, resnet):
-    shortcut = {"nin_shortcut": "conv_shortcut"} if resnet.conv_shortcut is not None else {}
-    layout.put(name, resnet, {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | shortcut)
+    shortcut = " nin_shortcut=conv_shortcut" if resnet.conv_shortcut is not None else ""
+    layout.put(name, resnet, "norm1=norm1 conv1=conv1 norm2=norm2 conv2=conv2" + shortcut)
 
 
 def original_vae(vae):
     """autoencoder.AutoencoderKL: both halves count their resolutions from the finest, the decoder too."""
     layout = Layout()
     for name, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
-        layout.put(name, half, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
+        layout.put(name, half, "conv_in=conv_in norm_out=conv_norm_out conv_out=conv_out")
         for i, resnet in enumerate(half.mid_block.resnets):
             _vae_resnet(layout, f"{name}.mid.block_{i + 1}", resnet)
         attention, mid = half.mid_block.attentions[0], f"{name}.mid.attn_1"
-        layout.put(mid, attention, {"norm": "group_norm"})
-        for new, old in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
-            layout.put(mid, attention, {new: old})
-            layout[f"{mid}.{new}.weight"] = layout[f"{mid}.{new}.weight"][:, :, None, None]  # a convolution
+        layout.put(mid, attention, "norm=group_norm q=to_q k=to_k v=to_v proj_out=to_out.0")
+        for part in ("q", "k", "v", "proj_out"):
+            layout[f"{mid}.{part}.weight"] = layout[f"{mid}.{part}.weight"][:, :, None, None]  # a convolution
         blocks = list(half.down_blocks) if name == "encoder" else list(half.up_blocks)[::-1]
         way = "down" if name == "encoder" else "up"
         for i, block in enumerate(blocks):
@@ -205,7 +246,7 @@ def original_vae(vae):
             samplers = block.downsamplers if way == "down" else block.upsamplers
             if samplers:
                 layout.put(f"{name}.{way}.{i}.{way}sample", samplers[0])
-    layout.put("", vae, {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"})
+    layout.put("", vae, "quant_conv=quant_conv post_quant_conv=post_quant_conv")
     return layout
 
 
@@ -230,9 +271,8 @@ def original_openclip(text, extra=True):
         thirds = (attention.q_proj, attention.k_proj, attention.v_proj)
         layout[f"{name}.attn.in_proj_weight"] = torch.cat([part.weight.detach() for part in thirds])
         layout[f"{name}.attn.in_proj_bias"] = torch.cat([part.bias.detach() for part in thirds])
-        layout.put(name, layer, {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-                                 "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
-                                 "ln_2": "layer_norm2"})  # fmt: skip
+        layout.put(name, layer, "attn.out_proj=self_attn.out_proj ln_1=layer_norm1 ln_2=layer_norm2")
+        layout.put(name, layer, "mlp.c_fc=mlp.fc1 mlp.c_proj=mlp.fc2")
     layout.put("model.ln_final", text.final_layer_norm)
     if extra:
         width = text.config.hidden_size
@@ -245,15 +285,13 @@ def original_openclip(text, extra=True):
 def original_bert(bert):
     """BERTEmbedder: x_transformers' TransformerWrapper, whose list alternates attention and feed-forward."""
     layout = Layout()
-    layout.put("transformer", bert, {"token_emb": "model.embed_tokens", "norm": "model.layer_norm",
-                                     "pos_emb.emb": "model.embed_positions",
-                                     "to_logits": "to_logits"})  # fmt: skip
-    attention = {"0": "self_attn_layer_norm", "1.to_q": "self_attn.q_proj", "1.to_k": "self_attn.k_proj",
-                 "1.to_v": "self_attn.v_proj", "1.to_out": "self_attn.out_proj"}  # fmt: skip
-    forward = {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"}
+    layout.put("transformer", bert, "to_logits=to_logits norm=model.layer_norm")
+    layout.put("transformer", bert.model, "token_emb=embed_tokens pos_emb.emb=embed_positions")
     for i, layer in enumerate(bert.model.layers):
-        layout.put(f"transformer.attn_layers.layers.{2 * i}", layer, attention)
-        layout.put(f"transformer.attn_layers.layers.{2 * i + 1}", layer, forward)
+        attention, forward = (f"transformer.attn_layers.layers.{j}" for j in (2 * i, 2 * i + 1))
+        layout.put(attention, layer, "0=self_attn_layer_norm")
+        layout.put(attention + ".1", layer.self_attn, "to_q=q_proj to_k=k_proj to_v=v_proj to_out=out_proj")
+        layout.put(forward, layer, "0=final_layer_norm 1.net.0.0=fc1 1.net.2=fc2")
     return layout
 
 

@@ -1,18 +1,17 @@
 """Ids equal transformers' for any text; learned words are found where they stand alone and nowhere else."""
 
-import argparse
 import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Core
 from transformers import BertTokenizer, CLIPTokenizer
 
 from tinyti.tokenizer import Tokenizer
+
+from .conftest import TINY
+from .published import bert_vocabulary
 
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 FAMILY = "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
@@ -36,43 +35,38 @@ NASTY = [
     "\ue000\U000f0000\U0010ffff\ufffd",
     "cat" * 100,
 ]
-BLOCKS = [range(0x20, 0x7F), range(0x20, 0x7F), range(0x00, 0x100), range(0x300, 0x370), range(0x590, 0x700),
-          range(0x900, 0xA00), range(0x1100, 0x1200), range(0x2000, 0x2070), range(0x3000, 0x3100),
-          range(0x4E00, 0x4F00), range(0x1F300, 0x1F700), range(0xD800), range(0xE000, 0x110000)]  # fmt: skip
-FRAGMENTS = ["cat", " a photo ", "'s", "'LL", "!", "<|endoftext|>", "<|EndOfText|>", "[SEP]", "##s", "\u200d",
-             "  "]  # fmt: skip
+BLOCKS = """20-7E 20-7E 0-FF 300-36F 590-6FF 900-9FF 1100-11FF 2000-206F 3000-30FF 4E00-4EFF 1F300-1F6FF
+    0-D7FF E000-10FFFF""".split()
+FRAGMENTS = ["cat", " a photo ", "'s", "'LL", "!", "\u200d", "  ", "##s", "[SEP]", *SPECIAL, "<|EndOfText|>"]
 
 
 def random_texts(count, seed):
     dice = random.Random(seed)
+
+    def letter():
+        first, last = dice.choice(BLOCKS).split("-")
+        return chr(dice.randint(int(first, 16), int(last, 16)))
+
     for _ in range(count):
-        parts = [dice.choice(FRAGMENTS) if dice.random() < 0.2 else chr(dice.choice(dice.choice(BLOCKS)))
-                 for _ in range(dice.randrange(30))]  # fmt: skip
-        yield "".join(parts)
+        length = dice.randrange(30)
+        yield "".join(dice.choice(FRAGMENTS) if dice.random() < 0.2 else letter() for _ in range(length))
 
 
 LONG = ["a photo of a very " * 600, "x" * 10_000, "1 \N{CAT FACE}" * 3_000]
-TEXTS = [*NASTY, *LONG, "a <Cat-toy>, <cat-toy><dog>s", *random_texts(2000, seed=0)]
+TEXTS = [*NASTY, *LONG, "a <Cat-toy>, <cat-toy><dog>s", *random_texts(300, seed=0)]
 
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """A small vocabulary in CLIP's order: bytes, bytes that end a word, merges, the two special tokens."""
-    core = Core(models.BPE(end_of_word_suffix="</w>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{L}+|[^\s\p{L}]+"), "removed", True), pre_tokenizers.ByteLevel(False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    lines = Path(argparse.__file__).read_text().lower().split("\n")
-    core.train_from_iterator(["a photo of a cat and the cat's café"] * 50 + lines, trainer)
-    merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
-    merges = [(a, b) for a, b in merges if b != "</w>"]
-    vocab = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), *SPECIAL]
-    assert len(vocab) == len(set(vocab)) and "cat</w>" in vocab and "a</w>" in vocab
-    return {entry: id for id, entry in enumerate(vocab)}, merges
+    """The miniature's vocabulary in CLIP's form, and a word with a letter of two bytes."""
+    vocab = json.loads((TINY / "tokenizer" / "vocab.json").read_text("utf-8"))
+    lines = (TINY / "tokenizer" / "merges.txt").read_text("utf-8").split("\n")[1:]
+    merges = [tuple(line.split()) for line in lines if line]
+    merges += [("c", "a"), ("ca", "f"), ("caf", "Ã"), ("cafÃ", "©</w>")]
+    merges = list(dict.fromkeys(merges))
+    entries = dict.fromkeys([*vocab, *map("".join, merges)])
+    assert len(merges) > 900 and {"cat</w>", "a</w>"} <= entries.keys()
+    return {entry: id for id, entry in enumerate(entries)}, merges
 
 
 def write_json(file, content):
@@ -96,12 +90,7 @@ def write_clip(folder, vocab, merges, pad="<|endoftext|>", **config):
 
 
 def write_bert(folder, **config):
-    folder.mkdir()
-    letters = [chr(c) for c in range(0x21, 0x7F)] + list("éñ猫只אבחת")
-    words = ["photo", "of", "cat", "cats", "the", "strasse", "##ing", "##to", "unhappy"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocab = [*special, *letters, *("##" + letter for letter in letters), *words]
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    bert_vocabulary(folder)
     write_json(folder / "tokenizer_config.json", {"do_lower_case": True, "model_max_length": 512, **config})
     return folder
 
@@ -142,28 +131,27 @@ def reference(name, folder):
     return (BertTokenizer if "bert" in name else CLIPTokenizer).from_pretrained(folder)
 
 
-KINDS = ["sd1", "sd2", "decoder", "added", "unknown", "sd1 json", "sd2 json", "added json", "bare json",
-         "bert", "bert cased", "bert json"]  # fmt: skip
+KINDS = ["sd1", "sd2", "decoder", "added", "unknown", "sd1 json", "sd2 json", "added json", "bare json"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bert", "bert cased", "bert json"])
 def test_ids_equal_transformers(folders, kind):
     ours, theirs = Tokenizer.from_folder(folders[kind]), reference(kind, folders[kind])
-    texts = TEXTS if kind in ("sd1", "sd2", "bert") else TEXTS[:300]
-    padded = theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    assert torch.equal(ours(texts), padded.input_ids)
-    whole = theirs(texts, add_special_tokens=False, truncation=False).input_ids
-    for text, ids in zip(texts, whole):
+    padded = theirs(TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(ours(TEXTS), padded.input_ids)
+    whole = theirs(TEXTS, add_special_tokens=False, truncation=False).input_ids
+    for text, ids in zip(TEXTS, whole):
         assert ours.encode(text) == ids, ascii(text)
     assert ours.vocab_size == len(theirs) and ours.length == 77
 
 
-@pytest.mark.parametrize("kind, special", [
-    ("sd1", [*SPECIAL, "<|endoftext|>"]), ("sd2", [*SPECIAL, "!"]), ("sd2 json", [*SPECIAL, "!"]),
-    ("bert", ["[CLS]", "[SEP]", "[PAD]"]),
-])  # fmt: skip
-def test_start_end_and_padding(folders, kind, special):
+PADDING = [("sd1", "<|endoftext|>"), ("sd2", "!"), ("sd2 json", "!"), ("bert", "[PAD]")]
+
+
+@pytest.mark.parametrize("kind, pad", PADDING)
+def test_start_end_and_padding(folders, kind, pad):
     tokenizer = Tokenizer.from_folder(folders[kind])
+    special = [*(["[CLS]", "[SEP]"] if kind == "bert" else SPECIAL), pad]
     start, end, pad = (tokenizer.core.token_to_id(token) for token in special)
     assert (tokenizer.start, tokenizer.end, tokenizer.pad) == (start, end, pad)
     ids = tokenizer("cat")
@@ -240,7 +228,7 @@ FOUND = [
     ("Café", "⟦Café⟧ café Cafe\u0301 Cafés"),
     ("<|endoftext|>", "a ⟦<|endoftext|>⟧ <|startoftext|>"),
     ("S*", ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("words, marked", FOUND)
@@ -336,35 +324,44 @@ def test_missing_vocabulary(tmp_path, byte_pairs):
         Tokenizer.from_folder(folder)
 
 
-DAMAGED = {  # by file, contents and what the error says of them
-    "vocab.json": {'{"a": 0, ': "line 1 column 9", "\xff": "line 1", "[1, 2]": "Bad vocabulary",
-                   '{"a": 0, "b": "x"}': "", "[" * 100_000: ""},
-    "merges.txt": {"#version: 0.2\nc a\nc a t\n": "line 2", "#version: 0.2\nc a\n\n": "line 2",
-                   "#version: 0.2\nc qqqq\n": "`qqqq`", "#version: 0.2\n! a\n": "`!a`",
-                   "<!DOCTYPE html>": "DOCTYPE"},
-    "tokenizer_config.json": {"": r"tokenizer_config\.json is not readable", "[]": "",
-                              '{"added_tokens_decoder": []}': "",
-                              '{"added_tokens_decoder": {"x": {"content": "y"}}}': "",
-                              '{"added_tokens_decoder": {"1": {"content": 5}}}': "",
-                              '{"model_max_length": "many"}': "many", '{"model_max_length": 2}': "is 2"},
-    "special_tokens_map.json": {'{"pad_token": "<pad>"}': "pad_token '<pad>' is not in the vocabulary",
-                                '{"unk_token": "<unk>"}': "unk_token '<unk>' is not in the vocabulary",
-                                '{"bos_token": [1]}': ""},
-    "tokenizer.json": {'{"model": {"vocab": {"a": 0}, "merges": 5}}': "",
-                       '{"model": {"vocab": {"a": 0}}, "added_tokens": [7]}': "", "{": "line 1",
-                       '{"version": "1.0"}': "Model missing",
-                       '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}': "not in the vocabulary"},
-}  # fmt: skip
+CLIP_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+DAMAGED = [  # a file, its contents and what the error says of them
+    *((name, "\ud800", "") for name in [*CLIP_FILES, "tokenizer.json"]),
+    ("vocab.json", '{"a": 0, ', "line 1 column 9"),
+    ("vocab.json", "\xff", "line 1"),
+    ("vocab.json", "[1, 2]", "Bad vocabulary"),
+    ("vocab.json", '{"a": 0, "b": "x"}', ""),
+    ("vocab.json", "[" * 100_000, ""),
+    ("merges.txt", "#version: 0.2\nc a\nc a t\n", "line 2"),
+    ("merges.txt", "#version: 0.2\nc a\n\n", "line 2"),
+    ("merges.txt", "#version: 0.2\nc qqqq\n", "`qqqq`"),
+    ("merges.txt", "#version: 0.2\n! a\n", "`!a`"),
+    ("merges.txt", "<!DOCTYPE html>", "DOCTYPE"),
+    ("tokenizer_config.json", "", r"tokenizer_config\.json is not readable"),
+    ("tokenizer_config.json", "[]", ""),
+    ("tokenizer_config.json", '{"added_tokens_decoder": []}', ""),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', ""),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": 5}}}', ""),
+    ("tokenizer_config.json", '{"model_max_length": "many"}', "many"),
+    ("tokenizer_config.json", '{"model_max_length": 2}', "is 2"),
+    ("special_tokens_map.json", '{"pad_token": "<pad>"}', "pad_token '<pad>' is not in the vocabulary"),
+    ("special_tokens_map.json", '{"unk_token": "<unk>"}', "unk_token '<unk>' is not in the vocabulary"),
+    ("special_tokens_map.json", '{"bos_token": [1]}', ""),
+    ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": 5}}', ""),
+    ("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "added_tokens": [7]}', ""),
+    ("tokenizer.json", "{", "line 1"),
+    ("tokenizer.json", '{"version": "1.0"}', "Model missing"),
+    ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "not in the vocabulary"),
+]
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files(tmp_path, byte_pairs, name):
+@pytest.mark.parametrize("name, content, found", DAMAGED)
+def test_damaged_files(tmp_path, byte_pairs, name, content, found):
     folder = write_clip(tmp_path / "f", *byte_pairs)
-    for content, found in (DAMAGED[name] | {"\ud800": ""}).items():
-        (folder / name).write_bytes(content.encode(errors="surrogatepass"))
-        with pytest.raises(ValueError, match=f"f does not describe a tokenizer.*{found}") as error:
-            Tokenizer.from_folder(folder)
-        assert "\n" not in str(error.value)
+    (folder / name).write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=f"f does not describe a tokenizer.*{found}") as error:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_word_pieces(tmp_path):

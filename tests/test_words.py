@@ -11,10 +11,7 @@ import pickle
 import pickletools
 import random
 import re
-import subprocess
-import sys
 import zipfile
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-import tinyti
-from tinyti import convert
-from tinyti.files import whole, words
+from tinyti.files import whole
+from tinyti.files.words import UNNAMED, check_name, read_words, write_words
 
-from .conftest import ROOT, TINY
+from .conftest import ROOT, Evil, saved
 
 LAYERS = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(3, 12))]
 NOT_NAMED = "ignore:.*inside it is:UserWarning"  # a .pt under another name than the word's
@@ -52,14 +48,14 @@ def save_by_hand(path, tensors, metadata):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def official(path, words, old_torch=False):
+def official(words, old_torch=False):
     parameters = nn.ParameterDict({word: nn.Parameter(tensor) for word, tensor in words.items()})
     if old_torch:  # torch <= 1.11 had no such attribute, and its files leave items() without it
         del parameters.__dict__["_keys"]
         with pytest.raises(AttributeError):
             parameters.items()
     tokens = {word: torch.tensor(265 + i) for i, word in enumerate(words)}
-    torch.save({"string_to_token": tokens, "string_to_param": parameters}, path)
+    return {"string_to_token": tokens, "string_to_param": parameters}
 
 
 def a1111(tensor, name="cat"):
@@ -91,15 +87,14 @@ def expect(words, name, tensor):
 @pytest.mark.parametrize("old_torch", [False, True])
 def test_official_file_of_one_word_or_several(tmp_path, old_torch):
     tensor = vectors(3, 1280)
-    official(tmp_path / "embeddings.pt", {"*": tensor}, old_torch)
-    expect(words.read_words(tmp_path / "embeddings.pt"), "embeddings", tensor)
-    official(tmp_path / "merged.pt", words := {"*": vectors(1), "@": vectors(2, seed=1)}, old_torch)
-    got = words.read_words(tmp_path / "merged.pt")
-    assert list(got) == ["merged", "@"] and torch.equal(got["@"], words["@"])
+    torch.save(official({"*": tensor}, old_torch), tmp_path / "embeddings.pt")
+    expect(read_words(tmp_path / "embeddings.pt"), "embeddings", tensor)
+    torch.save(official({"*": vectors(1, 1280), "@": tensor}, old_torch), tmp_path / "merged.pt")
+    got = read_words(tmp_path / "merged.pt")
+    assert list(got) == ["merged", "@"] and torch.equal(got["@"], tensor)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("contents", [
+NAMELESS = [
     *(a1111(vectors(), inner) for inner in ("cat", "", None, 7, ["a"], torch.zeros(2))),
     {"string_to_param": {"*": nn.Parameter(vectors())}},  # HCP-Diffusion
     vectors(),
@@ -107,20 +102,24 @@ def test_official_file_of_one_word_or_several(tmp_path, old_torch):
     {"emp_params": vectors()},  # invoke-training, OneTrainer
     {"emp_params": vectors(), "emp_params_out": vectors(2, seed=1)},
     {"clip_l": vectors()},  # diffusers' train_dreambooth_lora_sd15_advanced.py
-])  # fmt: skip
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("contents", NAMELESS)
 def test_files_without_names_go_by_their_own(tmp_path, contents):
     torch.save(contents, tmp_path / "cat.pt")
-    expect(words.read_words(tmp_path / "cat.pt"), "cat", vectors())
+    expect(read_words(tmp_path / "cat.pt"), "cat", vectors())
     if isinstance(contents, dict) and len(contents) < 3 and "string_to_param" not in contents:
         save_file(contents, tmp_path / "my.cat.safetensors")
-        expect(words.read_words(tmp_path / "my.cat.safetensors"), "my.cat", vectors())
+        expect(read_words(tmp_path / "my.cat.safetensors"), "my.cat", vectors())
 
 
-@pytest.mark.parametrize("inner, shown", [("S*", "S*"), ("a\nb", r"a\nb")])
+@pytest.mark.parametrize("inner, shown", [("S*", "S*"), ("a\nb", "a b")])
 def test_renamed_automatic1111_file_goes_by_the_files_name(tmp_path, inner, shown):
     torch.save(a1111(vectors(), inner), tmp_path / "cat.pt")
     with pytest.warns(UserWarning) as caught:
-        expect(words.read_words(tmp_path / "cat.pt"), "cat", vectors())
+        expect(read_words(tmp_path / "cat.pt"), "cat", vectors())
     [note] = [str(warning.message) for warning in caught]
     assert "the word is cat, after the file" in note and note.endswith(f"inside it is {shown}")
 
@@ -128,34 +127,34 @@ def test_renamed_automatic1111_file_goes_by_the_files_name(tmp_path, inner, show
 @pytest.mark.parametrize("inner, word", [("cat", "cat"), (None, "x")])
 def test_automatic1111_picture_goes_by_the_name_inside(tmp_path, inner, word):
     picture(tmp_path / "x.png", as_text(a1111({"TORCHTENSOR": vectors().tolist()}, inner)))
-    expect(words.read_words(tmp_path / "x.png"), word, vectors())
+    expect(read_words(tmp_path / "x.png"), word, vectors())
 
 
-@pytest.mark.parametrize("tensor", [
-    vectors(1)[0], vectors(1), vectors(5), vectors(16, 2).T,
-    vectors(2).half(), vectors(2).bfloat16(), vectors(2).double(),
-])  # fmt: skip
+SHAPES = [vectors(1)[0], vectors(1), vectors(5), vectors(16, 2).T]
+
+
+@pytest.mark.parametrize("tensor", [*SHAPES, vectors().half(), vectors().bfloat16(), vectors().double()])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_diffusers_file_and_folder(tmp_path, tensor, suffix):
     """Of any shape, type and strides; what is read is contiguous fp32."""
     path = tmp_path / f"learned_embeds{suffix}"
     save(path, {"<cat-toy>": tensor.contiguous() if suffix == ".safetensors" else tensor})
     expected = (tensor if tensor.ndim == 2 else tensor[None]).float()
-    expect(words.read_words(path), "<cat-toy>", expected)
-    expect(words.read_words(tmp_path), "<cat-toy>", expected)
+    expect(read_words(path), "<cat-toy>", expected)
+    expect(read_words(tmp_path), "<cat-toy>", expected)
 
 
 def test_folder_prefers_safetensors(tmp_path):
     torch.save({"old": vectors()}, tmp_path / "learned_embeds.bin")
     save_file({"new": vectors()}, tmp_path / "learned_embeds.safetensors")
-    assert list(words.read_words(tmp_path)) == ["new"]
+    assert list(read_words(tmp_path)) == ["new"]
 
 
 def test_cloneofsimo_file_without_its_lora_weights(tmp_path):
     words = {f"<s{i}>": vectors(1, seed=i)[0] for i in (3, 1, 5, 2, 4)}
     marks = {"unet": "{}", **dict.fromkeys(sorted(words), "<embed>")}
     save_by_hand(tmp_path / "final_lora.safetensors", {"unet:0:up": torch.zeros(320, 4), **words}, marks)
-    got = words.read_words(tmp_path / "final_lora.safetensors")
+    got = read_words(tmp_path / "final_lora.safetensors")
     assert list(got) == list(words)  # in the file's order
     assert all(torch.equal(got[word], words[word][None]) for word in words)
 
@@ -165,14 +164,14 @@ def test_container_is_told_by_content_and_not_by_suffix(tmp_path):
     torch.save({"b": vectors(1)}, tmp_path / "b.safetensors")
     torch.save({"c": vectors(1)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for name, file in [("a", "a.pt"), ("b", "b.safetensors"), ("c", "c.pt")]:
-        expect(words.read_words(tmp_path / file), name, vectors(1))
+        expect(read_words(tmp_path / file), name, vectors(1))
 
 
 def test_width_of_the_model(tmp_path):
     save_file({"S*": vectors(2, 1024)}, tmp_path / "x.safetensors")
-    words.read_words(tmp_path / "x.safetensors", width=1024)
+    read_words(tmp_path / "x.safetensors", width=1024)
     with pytest.raises(ValueError, match=r"1024 \(SD2\).* 768 \(SD1\)"):
-        words.read_words(tmp_path / "x.safetensors", width=768)
+        read_words(tmp_path / "x.safetensors", width=768)
 
 
 # refusing
@@ -180,14 +179,14 @@ def test_width_of_the_model(tmp_path):
 
 def refuse(path, *parts, error=ValueError):
     with pytest.raises(error) as caught:
-        words.read_words(path)
+        read_words(path)
     message = str(caught.value)
     assert message.isprintable() and str(path).split("\n")[0] in message and len(message) < 600
     for part in parts:
         assert part in message
 
 
-@pytest.mark.parametrize("contents, found", [
+REFUSED = [  # in every container
     ({"clip_l": vectors(2), "clip_g": vectors(2, 1280)}, "SDXL"),
     ({"clip_g": vectors(2, 1280)}, "SDXL"),
     ({"clip_l": vectors(2), "t5": vectors(2, 4096)}, "Flux"),
@@ -204,7 +203,10 @@ def refuse(path, *parts, error=ValueError):
     ({"S*": torch.full((768,), 1e300, dtype=torch.float64)}, "NaN or infinity"),
     ({"S\n*": torch.zeros(768)}, r"'S\n*'"),
     ({"S" * 10_000: torch.zeros(3, 3, 3)}, "SSS"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("contents, found", REFUSED)
 def test_refused_whatever_the_container(tmp_path, contents, found):
     for path in (tmp_path / "x.safetensors", tmp_path / "x.pt"):
         save(path, contents)
@@ -221,15 +223,24 @@ class Rebuilt:
         return torch._utils._rebuild_tensor_v2, self.arguments
 
 
-@pytest.mark.parametrize("contents, found", [
-    ({}, "no vectors"), ({"string_to_param": {}}, "no vectors"), ({"string_to_param": 3}, "no vectors"),
-    (None, "a NoneType"), ([vectors(1)], "a list"),
+REFUSED_PICKLES = [
+    ({}, "no vectors"),
+    ({"string_to_param": {}}, "no vectors"),
+    ({"string_to_param": 3}, "no vectors"),
+    (None, "a NoneType"),
+    ([vectors(1)], "a list"),
     ({"string_to_param": {"*": {"clip_L": vectors(1)}}}, "dict"),  # HCP-Diffusion for SDXL
-    ({7: vectors(1)}, "the key 7"), ({torch.zeros(9): vectors(1)}, "the key"),
-    ({"S*": vectors(1).to_sparse()}, "sparse"), ({"S*": torch.empty(768, device="meta")}, "on meta"),
-    ({"S*": Rebuilt((2, 768), (768, 1))}, "damaged"), ({"S*": Rebuilt((768,), (1000,))}, "damaged"),
+    ({7: vectors(1)}, "the key 7"),
+    ({torch.zeros(9): vectors(1)}, "the key"),
+    ({"S*": vectors(1).to_sparse()}, "sparse"),
+    ({"S*": torch.empty(768, device="meta")}, "on meta"),
+    ({"S*": Rebuilt((2, 768), (768, 1))}, "damaged"),
+    ({"S*": Rebuilt((768,), (1000,))}, "damaged"),
     ({"S*": Rebuilt((75, 10**9), (0, 0))}, "[75, 1000000000]"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("contents, found", REFUSED_PICKLES)
 def test_refused_pickles(tmp_path, contents, found):
     torch.save(contents, tmp_path / "x.pt")
     refuse(tmp_path / "x.pt", found)
@@ -242,30 +253,23 @@ def test_pair_of_files_for_sdxl(tmp_path):
         refuse(tmp_path / name, "SDXL")
 
 
-class Evil:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
 @pytest.mark.filterwarnings("error")
 def test_code_in_a_pickle_never_runs(tmp_path):
-    target = tmp_path / "ran"
-    evil = {"string_to_param": {"*": vectors(1)}, "x": Evil(target)}
-    pickle.loads(pickle.dumps(Evil(target)))
-    assert target.exists()  # the pickle is a loaded one
-    target.unlink()
-
-    torch.save(evil, tmp_path / "zip.pt")
-    torch.save(evil, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
-    (tmp_path / "raw2.pt").write_bytes(pickle.dumps(Evil(target), protocol=2))
-    (tmp_path / "raw4.pt").write_bytes(pickle.dumps(Evil(target), protocol=4))
-    for name in ["zip.pt", "legacy.bin", "raw2.pt", "raw4.pt"]:
+    attack = Evil(tmp_path / "proof")
+    pickle.loads(pickle.dumps(attack))
+    (tmp_path / "proof").unlink()  # the attack is real
+    contents = {"string_to_param": {"*": vectors(1)}, "x": attack}
+    files = {
+        "zip.pt": saved(contents),
+        "legacy.bin": saved(contents, _use_new_zipfile_serialization=False),
+        "raw2.pt": pickle.dumps(attack, protocol=2),
+        "raw4.pt": pickle.dumps(attack, protocol=4),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
         # torch's reader does not know protocol 4 and so cannot say what would be called
-        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["system", "was not run"]))
-        assert not target.exists()
+        refuse(tmp_path / name, *([] if name == "raw4.pt" else ["open", "was not run"]))
+        assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
@@ -275,15 +279,16 @@ def test_pictures_that_lost_their_word(tmp_path, format):
 
 
 def test_damaged_pictures(tmp_path):
-    for text in ("not base64!", as_text({"string_to_param": {"*": {"TORCHTENSOR": [[1.0], [1.0, 2.0]]}}}),
-                 as_text({"string_to_param": {"*": 3}, "name": ["a", "list"]}),
-                 base64.b64encode(b"[" * 100_000).decode()):  # fmt: skip
+    uneven = {"string_to_param": {"*": {"TORCHTENSOR": [[1.0], [1.0, 2.0]]}}}
+    unnamed = {"string_to_param": {"*": 3}, "name": ["a", "list"]}
+    deep = base64.b64encode(b"[" * 100_000).decode()
+    for text in ("not base64!", as_text(uneven), as_text(unnamed), deep):
         picture(tmp_path / "x.png", text)
         refuse(tmp_path / "x.png", "damaged or unknown file")
 
 
 def test_other_files(tmp_path):
-    for name, shown in (("x.pt", "x.pt: found"), ("a\nb.pt", r"a\nb.pt: found")):
+    for name, shown in (("x.pt", "x.pt: found"), ("a\nb.pt", "a b.pt: found")):
         (tmp_path / name).write_text("just some text\n")
         refuse(tmp_path / name, shown, "expected a learned word")
     with open(tmp_path / "model.ckpt", "wb") as stream:
@@ -334,23 +339,23 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
     path, tensor, lot = tmp_path / "x.pt", vectors(2, 16), random.Random(kind)
     marked = {"<s1>": tensor[0], "<s2>": tensor[1], "up": tensor}
     make = {
-        "written": lambda: words.write_words(path, {"cat": tensor}),
+        "written": lambda: write_words(path, {"cat": tensor}),
         "pt": lambda: torch.save(a1111(tensor), path),
         "legacy": lambda: torch.save(a1111(tensor), path, _use_new_zipfile_serialization=False),
-        "official": lambda: official(path, {"*": tensor}),
+        "official": lambda: torch.save(official({"*": tensor}), path),
         "cloneofsimo": lambda: save_by_hand(path, marked, {"<s1>": "<embed>"}),
         "kohya": lambda: save_file({"emb_params": tensor}, path),
         "picture": lambda: picture(path, as_text(a1111({"TORCHTENSOR": tensor.tolist()}))),
     }
     make[kind]()
-    whole = path.read_bytes()
-    cut_off = [whole[:length] for length in (0, 1, 8, 9, 30, len(whole) // 2, len(whole) - 30)]
-    changed = [lot.choice([damage, damage_inside])(whole, lot) for _ in range(100)]
+    good = path.read_bytes()
+    cut_off = [good[:length] for length in (0, 1, 8, 9, 30, len(good) // 2, len(good) - 30)]
+    changed = [lot.choice([damage, damage_inside])(good, lot) for _ in range(100)]
     refused = 0
     for data in cut_off + changed:
         path.write_bytes(data)
         try:
-            words = words.read_words(path)
+            words = read_words(path)
         except ValueError as error:
             refused += 1
             message = str(error)
@@ -368,8 +373,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind):
 @pytest.mark.parametrize("name", ["learned_embeds.safetensors", "S*.pt"])
 @pytest.mark.filterwarnings("error")
 def test_what_is_written_is_read_back(tmp_path, name, n):
-    words.write_words(tmp_path / name, {"S*": vectors(n)})
-    expect(words.read_words(tmp_path / name), "S*", vectors(n))
+    write_words(tmp_path / name, {"S*": vectors(n)})
+    expect(read_words(tmp_path / name), "S*", vectors(n))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -377,21 +382,21 @@ def test_every_name_is_refused_or_read_back(tmp_path):
     lot = random.Random(0)
     letters = [*"aZ09*_<>.-/:{}\"'\\ é猫", "🐱", "\n", "\t", "\0", "\x7f", "\u200b", "\ud800", "\u2028"]
     names = ["".join(lot.choices(letters, k=lot.randrange(6))) for _ in range(100)]
-    keys = re.findall(r'"(\w+)" in keys', (ROOT / "tinyti" / "embeddings.py").read_text())
-    keys += words.UNNAMED
+    keys = re.findall(r'"(\w+)" in keys', (ROOT / "tinyti" / "files" / "words.py").read_text())
+    keys += UNNAMED
     assert len(keys) >= 5
     kept = 0
     for name in ["*", "MID", "IN01", "__metadata__", "clip_l", "clip_g", *keys, *names]:
         try:
-            words.check_name(name)
+            check_name(name)
         except ValueError as error:
             assert str(error).isprintable()
             with pytest.raises(ValueError):
-                words.write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+                write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
         else:
             kept += 1
-            words.write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
-            expect(words.read_words(tmp_path / "x.safetensors"), name, vectors(1, 8))
+            write_words(tmp_path / "x.safetensors", {name: vectors(1, 8)})
+            expect(read_words(tmp_path / "x.safetensors"), name, vectors(1, 8))
             assert name not in keys
     assert 20 < kept < 100
 
@@ -410,7 +415,7 @@ def test_automatic1111_allows_what_is_in_a_pt(tmp_path):
         return len(set(folders)) == 1 and all(re.fullmatch(r"data\.pkl|version|data/\d+", n) for n in names)
 
     for n in (1, 2, 8):
-        words.write_words(tmp_path / "x.pt", {"S*": nn.Parameter(vectors(n))})
+        write_words(tmp_path / "x.pt", {"S*": nn.Parameter(vectors(n))})
         assert allowed(tmp_path / "x.pt")
         contents = torch.load(tmp_path / "x.pt", weights_only=True)
         torch.save(contents, tmp_path / "plain.pt")
@@ -429,7 +434,7 @@ def test_shapes_that_other_programs_read(tmp_path, n):
     kohya's gen_img for the number of vectors, always at the beginning: hence the README's table.
     """
     for suffix in (".pt", ".safetensors"):
-        words.write_words(tmp_path / f"x{suffix}", {"S*": vectors(n)})
+        write_words(tmp_path / f"x{suffix}", {"S*": vectors(n)})
     [row_by_row] = torch.load(tmp_path / "x.pt", weights_only=True)["string_to_param"].values()
     [tensor] = load_file(tmp_path / "x.safetensors").values()
     assert row_by_row.shape == (n, 768) and tensor.shape == ((768,) if n == 1 else (n, 768))
@@ -438,39 +443,44 @@ def test_shapes_that_other_programs_read(tmp_path, n):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_same_words_give_the_same_bytes(tmp_path, monkeypatch, suffix):
     table = torch.cat([vectors(2), torch.zeros(5000, 768)])
-    words.write_words(tmp_path / f"a{suffix}", {"S*": vectors(2)})
+    write_words(tmp_path / f"a{suffix}", {"S*": vectors(2)})
     monkeypatch.setattr("time.time", lambda: 2e9)
-    words.write_words(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
+    write_words(tmp_path / f"b{suffix}", {"S*": table[:2]})  # without the rest of the table
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("name, words, found", [
-    ("x.bin", {"S*": vectors(1)}, ".bin"), ("x", {"S*": vectors(1)}, "ends in .safetensors or .pt"),
-    ("x.pt", {"a": vectors(1), "b": vectors(1)}, "2 words"), ("x.safetensors", {}, "0 words"),
+UNWRITABLE = [
+    ("x.bin", {"S*": vectors(1)}, ".bin"),
+    ("x", {"S*": vectors(1)}, "ends in .safetensors or .pt"),
+    ("x.pt", {"a": vectors(1), "b": vectors(1)}, "2 words"),
+    ("x.safetensors", {}, "0 words"),
     ("x.safetensors", {"S*": torch.full((1, 8), float("nan"))}, "NaN"),
     ("x.safetensors", {"S*": torch.empty(8, device="meta")}, "on meta"),
     ("x.safetensors", {"": vectors(1)}, "'' cannot be the name"),
     ("x.pt", {"emb_params": vectors(1)}, "cannot be the name"),
     ("none/x.pt", {"S*": vectors(1)}, "No such folder"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("name, words, found", UNWRITABLE)
 def test_refuses_to_write(tmp_path, name, words, found):
     with pytest.raises(FileNotFoundError if "folder" in found else ValueError, match=found):
-        words.write_words(tmp_path / name, words)
+        write_words(tmp_path / name, words)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "x.safetensors"
-    words.write_words(path, {"S*": vectors(1)})
+    write_words(path, {"S*": vectors(1)})
     before = path.read_bytes()
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embeddings if step == "open" else os, step, full, raising=False)
+    monkeypatch.setattr(whole if step == "open" else os, step, full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        words.write_words(path, {"S*": vectors(1, seed=1)})
+        write_words(path, {"S*": vectors(1, seed=1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -482,126 +492,6 @@ def test_an_interrupt_leaves_the_old_file_and_a_killed_process_no_obstacle(tmp_p
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     (tmp_path / ".x.pt.tmp").write_bytes(b"half" * 10_000)
-    words.write_words(path, {"x": vectors(1)})
-    expect(words.read_words(path), "x", vectors(1))
+    write_words(path, {"x": vectors(1)})
+    expect(read_words(path), "x", vectors(1))
     assert list(tmp_path.iterdir()) == [path]
-
-
-# what diffusers makes of names with capitals; tests/test_tiny.py has the pictures of the others
-
-
-@pytest.fixture
-def pipeline():
-    pytest.importorskip("transformers")
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(TINY, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.mark.parametrize(
-    "word, n, warned",
-    [("S*", 1, False), ("S*", 2, True), ("<my-cat>", 2, False), ("<My-cat>", 8, True), ("é*", 2, False),
-     ("e\u0301*", 2, True), ("İ*", 2, True), ("猫ß", 2, False)],
-)  # fmt: skip
-def test_compatibility_warning_is_given_where_diffusers_drops_vectors(pipeline, word, n, warned):
-    warning = words.compatibility_warning(word, n)
-    assert bool(warning) == warned
-    if warned:
-        assert f"first of the {n} vectors of {word}" in warning and f"{word} {word}_1" in warning
-    if pipeline.tokenizer.is_fast and n > 1:  # transformers 5
-        pipeline.load_textual_inversion(vectors(n, pipeline.text_encoder.config.hidden_size), token=word)
-        expanded = pipeline.maybe_convert_prompt(f"a {word}", pipeline.tokenizer)
-        assert (f"{word}_1" in expanded) == (not warned)
-
-
-@pytest.mark.parametrize("name, options, prompt, same", [
-    ("S*", {}, "a photo of S* in the snow", False),
-    ("<my-cat>", {}, "a photo of <my-cat> in the snow", True),
-    ("S*", {"token": "<s>"}, "a photo of <s> in the snow", True),
-    ("S*", {}, "a photo of S* S*_1 in the snow", True),
-], ids=["as it is", "lower case", "token", "in the prompt"])  # fmt: skip
-def test_ways_around_capitals_draw_the_picture(tmp_path, pipeline, name, options, prompt, same):
-    if not same and not pipeline.tokenizer.is_fast:
-        pytest.skip("transformers 4 has no such trouble")
-    model = tinyti.load(TINY)
-    rows = model.text.table[model.tokenizer.encode("red boat")]
-    words.write_words(tmp_path / "learned_embeds.safetensors", {name: rows})
-    model.add_word("S*", rows)
-    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    *_, x_0 = tinyti.sample(model, "a photo of S* in the snow", steps=6, guidance=5.0, x_T=x_T)
-
-    pipeline.load_textual_inversion(str(tmp_path), weight_name="learned_embeds.safetensors", **options)
-    drawn = pipeline(prompt, num_inference_steps=6, latents=x_T, guidance_scale=5.0, output_type="pt").images
-    difference = (drawn - (model.decode(x_0) + 1) / 2).abs().max()
-    assert difference <= 1 / 255 if same else difference > 20 / 255
-
-
-# the command line
-
-
-def test_command_line_shows_and_converts(tmp_path):
-    tensor = torch.zeros(2, 768)
-    tensor[0, 0], tensor[1, 0] = 0.5, 2
-    official(tmp_path / "猫.pt", {"*": tensor})
-    command = [sys.executable, "-m", "tinyti.embeddings", tmp_path / "猫.pt", tmp_path / "out.safetensors"]
-    terminal = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}  # which has no such character
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | terminal, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[0] == r"\u732b: 2 x 768 (SD1), norm 0.500 2.000"
-    expect(words.read_words(tmp_path / "out.safetensors"), "猫", tensor)
-
-
-@pytest.fixture
-def command_line(capsys):
-    """Runs it: -> exit status, lines of output, lines of errors."""
-
-    def run(*arguments):
-        status = convert.main([*map(str, arguments)])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return run
-
-
-def test_command_line_tells_what_to_mind(tmp_path, command_line):
-    torch.save(a1111(vectors(2), "S*"), tmp_path / "Cat.pt")
-    status, out, (after_the_file, capitals) = command_line(tmp_path / "Cat.pt", tmp_path / "out.safetensors")
-    assert status == 0 and out[0].startswith("Cat: 2 x 768")
-    assert "the word is Cat, after the file" in after_the_file and "inside it is S*" in after_the_file
-    assert capitals == f"WARNING: {words.compatibility_warning('Cat', 2)}"
-
-
-def test_command_line_refuses_in_one_line(tmp_path, command_line):
-    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil\n.pt")
-    status, out, [error] = command_line(tmp_path / "evil\n.pt", tmp_path / "out.pt")
-    assert status == 2 and not out and "system" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["evil\n.pt"]
-
-
-def test_command_line_overwrites_only_when_forced(tmp_path, command_line):
-    words.write_words(tmp_path / "cat.pt", {"cat": vectors(1)})
-    (tmp_path / "out.pt").write_text("mine")
-    status, _, [error] = command_line(tmp_path / "cat.pt", tmp_path / "out.pt")
-    assert status == 2 and "--force" in error and (tmp_path / "out.pt").read_text() == "mine"
-    assert command_line(tmp_path / "cat.pt", tmp_path / "out.pt", "--force")[0] == 0
-    assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "cat.pt").read_bytes()
-
-
-def test_command_line_shows_the_nearest_words_of_a_model(tmp_path, command_line, monkeypatch):
-    words = ["<pad>", "dog", "cat", "kitten"]
-    table = torch.tensor([[0.6, 0.8, 0], [0, 0, 5.0], [2, 0, 0], [1, 1, 0]])
-    tokenizer = SimpleNamespace(word_ids=lambda: [1, 2, 3], token=words.__getitem__)
-    model = SimpleNamespace(text=SimpleNamespace(table=table), tokenizer=tokenizer)
-    monkeypatch.setattr(tinyti, "load", lambda path: model)
-    path, weights = tmp_path / "x.safetensors", ["--weights", "models/tiny"]
-    words.write_words(path, {"S*": torch.tensor([[0.5, 0, 0], [1, 1, 0]])})
-    assert command_line(path, *weights) == (0, [
-        "S*: 2 x 3, norm 0.500 1.414",
-        "  near cat 1.00, kitten 0.71, dog 0.00",
-        "  near kitten 1.00, cat 0.71, dog 0.00",
-    ], [])  # fmt: skip
-    words.write_words(path, {"S*": vectors(1)})
-    status, _, [error] = command_line(path, tmp_path / "out.pt", *weights)
-    assert status == 2 and "768 (SD1); expected 3, the model's" in error
-    assert not (tmp_path / "out.pt").exists()
