@@ -112,7 +112,8 @@ def compatibility_warning(word: str, n: int) -> str | None:
     if n == 1 or word == unicodedata.normalize("NFC", word).lower():
         return None
     return (
-        f"diffusers will use only the first of the {n} vectors of {word}, as there are capitals in its name; "
+        f"diffusers with transformers 5 will use only the first of the {n} vectors of {word}, as there are "
+        "capitals in its name; "
         'what works: a name in lower case such as <my-cat>, or load_textual_inversion(..., token="<s>"), '
         f"or in the prompt {word} {word}_1{' ...' if n > 2 else ''}"
     )

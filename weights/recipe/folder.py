@@ -47,7 +47,7 @@ def write_folder(out, work, clip, coder, text, unet):
     unet_config = {"_class_name": "UNet2DConditionModel", **published_config(unet.config)}
     write_part(out / "unet", "diffusion_pytorch_model", unet_config, unet)
     text_config, clip_config = text_configs(clip.config)
-    write_part(out / "text_encoder", "model", text_config, text)
+    write_part(out / "text_encoder", "model", text_config, text, prefix="text_model.")
     write_part(out / "clip", "model", clip_config, clip)
     write_json(out / "clip" / "preprocessor_config.json", preprocessor_config(clip.preprocess))
     (out / "scheduler").mkdir(exist_ok=True)
@@ -57,11 +57,11 @@ def write_folder(out, work, clip, coder, text, unet):
         shutil.copytree(work / "tokenizer", out / folder, dirs_exist_ok=True)
 
 
-def write_part(folder, weights_name, config, module):
-    """Write a network's folder."""
+def write_part(folder, weights_name, config, module, prefix=""):
+    """Write a network's folder; transformers 4 wants a prefix before the names of a text transformer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    weights = {k: v.detach().cpu().half().contiguous() for k, v in module.state_dict().items()}
+    weights = {prefix + k: v.detach().cpu().half().contiguous() for k, v in module.state_dict().items()}
     save_file(weights, folder / f"{weights_name}.safetensors", metadata={"format": "pt"})
 
 

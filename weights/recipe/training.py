@@ -110,7 +110,9 @@ class Workspace:
         """Load the weights that the finished folder has for `module`, if there is such a folder."""
         if self.start:
             weights = load_file(self.start / WEIGHTS[name])
-            module.load_state_dict({key: weight.float() for key, weight in weights.items()})
+            prefix = "text_model." if name == "text" else ""  # written so for transformers 4
+            weights = {key.removeprefix(prefix): weight.float() for key, weight in weights.items()}
+            module.load_state_dict(weights)
 
     def write(self, path, save):
         """Call save(temporary path), then rename the file to its own name."""
