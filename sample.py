@@ -16,6 +16,7 @@ from tqdm import tqdm
 import tinyti
 from tinyti.diffusion import SAMPLERS
 from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped_steps, to_mask
+from tinyti.files.hub import find_word
 from tinyti.files.pictures import read_image, to_image, to_tensor
 from tinyti.files.whole import atomic_write
 from tinyti.files.words import read_words
@@ -27,6 +28,10 @@ from tinyti.programs.sheet import draw_sheet
 STRENGTH = 0.7  # share of the steps that --image goes through
 BATCH = 8  # pictures that are drawn at once
 LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|(?<!\w)\w*\*")  # how people write words that a model was taught
+
+
+# What other programs read as a weight: (S*:1.2), ((S*)), [S*:0.5], BREAK
+WEIGHTS = re.compile(r"[(\[][^()\[\]]{0,100}:[\d.]+[)\]]|\(\([^()]{0,100}\)\)|\bBREAK\b")
 
 
 def arguments(argv=None):
@@ -109,7 +114,7 @@ def draw_pictures(args):
     height, width = size[0], size[-1]
     model.check_size(height, width)
     model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
-    add_words(model, args.words, args.clip_skip)
+    add_words(model, args.words, args.clip_skip, args.download)
     words = check_texts(model, args)
     painter = Painter(args, model, (height, width))
     note_flags_without_effect(args, painter.options)
@@ -223,12 +228,13 @@ def picture_file(folder, number, prompt, seed):
     return folder / f"{number:02}-{words}-{seed}.png"
 
 
-def add_words(model, entries, clip_skip):
+def add_words(model, entries, clip_skip, download):
     """Register the learned words of `[NAME=]PATH` entries with the model."""
     for entry in entries:
         name, path = None, entry
         if "=" in entry and not Path(entry).exists():
             name, path = entry.split("=", 1)
+        path = find_word(path, download)
         words = read_words(path, model.text.table.shape[1], lambda note: cli.say(f"note: {note}"))
         if name is not None and len(words) > 1:
             raise ValueError(f"{path} holds the words {', '.join(words)}; {name}= cannot rename them all")
@@ -276,6 +282,9 @@ def check_text(model, text, notes):
     rest = model.tokenizer.without_words(text)
     for word in LOOKS_LEARNED.findall(rest):
         notes[f"note: {word!r} is no word that was loaded; --words loads learned words"] = None
+    if weighted := WEIGHTS.findall(text):
+        notes[f"note: {', '.join(weighted)} in a prompt is read as text; weights and BREAK do nothing"] = None
+    rest = rest.replace("BREAK", " ")
     plain = sorted(set(re.findall(r"[^\W\d_]{4,}", rest)))
     if spelled := [word for word in plain if is_spelled(model.tokenizer, word)]:
         notes[f"note: the model has no word for {', '.join(spelled)}, and reads it letter by letter"] = None

@@ -11,10 +11,21 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tinyti import Concept, Inversion, invert, make_examples
+from tinyti.concept import word_length
 from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_templates
+from tinyti.files.hub import find_word, is_name
 from tinyti.files.pictures import read_photos
-from tinyti.files.words import check_name, compatibility_warning
-from tinyti.inversion import BATCH_SIZE, EVALUATE_EVERY, OPTIMIZERS, STEPS, TIMESTEPS, diagnose, evaluate
+from tinyti.files.words import check_name, compatibility_warning, read_words
+from tinyti.inversion import (
+    BATCH_SIZE,
+    EVALUATE_EVERY,
+    OPTIMIZERS,
+    STEPS,
+    TIMESTEPS,
+    diagnose,
+    evaluate,
+    is_flat,
+)
 from tinyti.programs import cli
 from tinyti.programs.cli import number_type, path_type, text_type
 from tinyti.programs.miniature import ROOT, is_tiny
@@ -27,13 +38,17 @@ def arguments(argv=None):
     add = parser.add_argument_group("what to learn").add_argument
     add("--images", type=path_type, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
     add("--token", type=text_type, required=True, metavar="WORD", help="the new word, without white space")
-    add("--init", type=text_type, metavar="WORDS", help="where to start; by default the vocabulary's mean")
+    add(
+        "--init",
+        type=text_type,
+        metavar="WORDS",
+        help="where to start: words, or a learned word's file, folder or name; by default the mean word",
+    )
     add(
         "--vectors",
         type=number_type(1, 75, int),
-        default=1,
         metavar="N",
-        help="vectors of the word; more hold more detail and obey prompts less",
+        help="vectors of the word, by default 1 or as many as a learned word in --init has",
     )
     add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
     add(
@@ -75,6 +90,13 @@ def arguments(argv=None):
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", type=path_type, metavar="FOLDER", help="by default words/ and the word")
     add("--save-every", type=number_type(1, 10**6, int), default=100, metavar="N", help="save every N steps")
+    add(
+        "--preview",
+        type=text_type,
+        nargs="+",
+        metavar="PROMPT",
+        help="what progress.png draws, {} or the word itself for the word, in place of its five prompts",
+    )
     add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
@@ -87,10 +109,10 @@ def arguments(argv=None):
 
 def main(argv=None):
     """Run, and turn bad input into one line and exit status 2."""
-    return cli.run_program("train.py", lambda: train(arguments(argv)))
+    return cli.run_program("train.py", lambda: train(arguments(argv), sys.argv[1:] if argv is None else argv))
 
 
-def train(args):
+def train(args, argv):
     """Everything, from the first check to the last line: -> exit status."""
     began = time.monotonic()
     check_name(args.token)
@@ -108,11 +130,12 @@ def train(args):
     photos, passed_over = read_photos(args.images, size)
     if passed_over:
         cli.say(f"passed over {'; '.join(passed_over)}")
-    if is_tiny(args.weights) and ROOT / "concepts" not in Path(args.images).resolve().parents:
+    if uses_photos_on_tiny(args):
         cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
 
-    rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
-    concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
+    start = start_vectors(model, args)
+    args.vectors = len(start)
+    concept = model.add_word(args.token, start)
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
     check_templates(model, args.token, templates)
     check_prompts(model, concept, examples.prompts)
@@ -137,7 +160,7 @@ def train(args):
         dist.destroy_process_group()
     if not run:
         return 0
-    status = report(args, model, state, examples, run)
+    status = report(args, argv, model, state, examples, run)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
     print(f"{time.monotonic() - began:.0f} s{memory}")
     return status
@@ -160,16 +183,30 @@ def check_prompts(model, concept, prompts):
             raise ValueError(f"{found}, or the word does not stand alone in it; {advice}")
 
 
-def word_rows(model, text):
-    """The vocabulary's rows of the words in `text` (m, D); ValueError for what is no such word."""
-    ids = {word: model.tokenizer.single(word) for word in text.split()}
-    if unknown := [word for word, id in ids.items() if id is None]:
-        found = f"--init {unknown[0]!r} is no single word of the model's vocabulary"
-        raise ValueError(f"{found}; take a simpler one")
-    return model.text.table[[ids[word] for word in text.split()]]
+def start_vectors(model, args):
+    """The vectors (n, D) that the word starts from: the vocabulary's mean, rows of it, or a learned word.
+
+    ValueError for what is neither words of the vocabulary nor a learned word that fits.
+    """
+    table, words = model.text.table, (args.init or "").split()
+    ids = [model.tokenizer.single(word) for word in words]
+    if None not in ids:
+        rows = table[ids] if ids else table.mean(dim=0, keepdim=True)
+        return Concept.initial(rows, args.vectors or 1, args.seed)
+    path = find_word(args.init, args.download) if is_name(args.init) else Path(args.init)
+    if not path.exists():
+        found = f"--init {words[ids.index(None)]!r} is no single word of the model's vocabulary"
+        raise ValueError(f"{found}, and no file of a learned word; take a simpler one")
+    learned = read_words(path, table.shape[1], lambda note: cli.say(f"note: {note}"))
+    if len(learned) > 1:
+        raise ValueError(f"--init {args.init} holds {len(learned)} words, expected one: {', '.join(learned)}")
+    [vectors] = learned.values()
+    if args.vectors not in (None, len(vectors)):
+        raise ValueError(f"--init {args.init} has {len(vectors)} vectors, --vectors is {args.vectors}")
+    return vectors
 
 
-def report(args, model, state, examples, run):
+def report(args, argv, model, state, examples, run):
     """Say what came out: -> exit status, 1 if nothing was learned."""
     if state.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
         state.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
@@ -178,20 +215,49 @@ def report(args, model, state, examples, run):
     if problem := diagnose(state):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
     if state.is_finite():
-        if warning := compatibility_warning(args.token, args.vectors):
-            print(f"note: {warning}", file=sys.stderr)
-        nearest = state.concept.nearest(model.text.table, 5, model.tokenizer.word_ids())[0]
-        near = [f"{model.tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest]
-        print("nearest words:", ", ".join(near))
-        prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
-        command = ["python", "sample.py", prompt, "--words", str(cli.short_path(run.folder))]
-        if not is_tiny(args.weights):
-            command += ["--weights", args.weights]
-        if args.clip_skip != 1:
-            command += ["--clip-skip", str(args.clip_skip)]
-        print("use it:", cli.shell_command(command))
+        report_word(args, argv, model, state, run)
     # Pictures that are not finite are a sign that the word, or the model, is of no use.
     return 1 if problem or isinstance(run.problem, FloatingPointError) else 0
+
+
+def report_word(args, argv, model, state, run):
+    """Say whether more steps help, how long the word is, what it is near to and how to use it."""
+    if is_flat(state.evaluations):
+        print("the loss has become flat: more steps change little")
+    else:
+        again = [flag for flag in argv if flag not in ("--force", "--resume")]
+        if "--steps" in again:
+            place = again.index("--steps")
+            del again[place : place + 2]
+        more = ["python", "train.py", *again, "--steps", str(2 * state.step), "--resume"]
+        print("the loss is still falling; go on:", cli.shell_command(more))
+    length, real = state.vectors.norm(dim=-1).max().item(), word_length(model.text.table)
+    print(f"length {length:.2f}, {length / real:.1f} times a real word's")
+    if length > 3 * real:
+        print("WARNING: the word is so long that prompts may be ignored; lower --lr", file=sys.stderr)
+    if uses_photos_on_tiny(args):
+        hint = "for photos take a real model: weights/README.md"
+        print(
+            f"note: the miniature knows its own drawn world only, so expect no likeness; {hint}",
+            file=sys.stderr,
+        )
+    if warning := compatibility_warning(args.token, args.vectors):
+        print(f"note: {warning}", file=sys.stderr)
+    nearest = state.concept.nearest(model.text.table, 5, model.tokenizer.word_ids())[0]
+    near = [f"{model.tokenizer.token(id)} {cosine:.2f}" for id, cosine in nearest]
+    print("nearest words:", ", ".join(near))
+    prompt = (STYLE_PREVIEWS if args.style else PREVIEWS)[1].replace("{}", args.token)
+    command = ["python", "sample.py", prompt, "--words", str(cli.short_path(run.folder))]
+    if not is_tiny(args.weights):
+        command += ["--weights", args.weights]
+    if args.clip_skip != 1:
+        command += ["--clip-skip", str(args.clip_skip)]
+    print("use it:", cli.shell_command(command))
+
+
+def uses_photos_on_tiny(args):
+    """Whether the miniature learns from pictures that are not of its own world."""
+    return is_tiny(args.weights) and ROOT / "concepts" not in Path(args.images).resolve().parents
 
 
 if __name__ == "__main__":

@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def word_length(table: Tensor) -> float:
+    """The length of a real word's row in a vocabulary's table (V, D): the rows' 95th percentile.
+
+    Most rows of a small or partly trained table belong to no word and are shorter.
+    """
+    return table.detach().float().norm(dim=-1).quantile(0.95).item()
+
+
 class Concept(nn.Module):
     """A learned word: its `name`, its fp32 `vectors` (n, D), and their n consecutive token `ids`."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .diffusion import copy_to, randn
@@ -18,6 +19,7 @@ class Examples(NamedTuple):
     mean: Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
     std: Tensor
     prompts: list[list[str]]  # for each picture, one per template
+    weight: Tensor | None = None  # masks of the pictures, (pictures, flips, 1, h, w)
 
 
 class Batch(NamedTuple):
@@ -27,6 +29,7 @@ class Batch(NamedTuple):
     eps: Tensor  # the noise to predict, (B, C, h, w)
     t: Tensor  # timesteps (B,)
     ids: Tensor  # prompts as token ids (B, T)
+    weight: Tensor | None = None  # of each latent in the loss, (B, 1, h, w); None: all alike
 
 
 @torch.no_grad()
@@ -41,18 +44,23 @@ def make_examples(
         raise ValueError(
             f"{len(photos)} photos and the templates {templates!r:.100}; expected lists, not empty"
         )
-    moments, prompts = [], []
+    masked = any(photo.mask is not None for photo in photos)
+    moments, prompts, weights = [], [], []
     for photo in photos:  # one by one: a thousand of them would not fit into memory at once
         model.check_size(*photo.pixels.shape[-2:])
         views = [photo.pixels, photo.pixels.flip(-1)] if flip else [photo.pixels]
         moments.append(model.encode_moments(torch.stack(views)))  # each (flips, C, h, w)
+        if masked:  # a latent counts as much as the pixel of it that counts most
+            mask = torch.ones_like(photo.pixels[:1]) if photo.mask is None else photo.mask
+            pooled = F.max_pool2d(mask, model.vae.factor)  # (1, h, w)
+            weights.append(torch.stack([pooled, pooled.flip(-1)] if flip else [pooled]))
         caption = photo.caption
         if caption and model.tokenizer.has_word(caption, name):  # it says itself where the word stands
             prompts.append([caption] * len(templates))
         else:
             prompts.append([fill_template(template, name, caption) for template in templates])
     mean, std = (torch.stack(part) for part in zip(*moments))
-    return Examples(mean, std, prompts)
+    return Examples(mean, std, prompts, torch.stack(weights).to(model.device) if masked else None)
 
 
 def draw_batch(
@@ -78,7 +86,8 @@ def draw_batch(
     mean, std = examples.mean.flatten(0, 1)[view], examples.std.flatten(0, 1)[view]
     prompts = [examples.prompts[picture][prompt] for picture, prompt in zip(i.tolist(), k.tolist())]
     t = timestep_at(model, u if quantiles is None else quantiles, span)
-    return Batch(mean + std * z, eps, t, model.tokenize(prompts))
+    weight = None if examples.weight is None else examples.weight.flatten(0, 1)[view]
+    return Batch(mean + std * z, eps, t, model.tokenize(prompts), weight)
 
 
 def timestep_at(model: LatentDiffusion, u: Tensor, span: tuple[float, float]) -> Tensor:

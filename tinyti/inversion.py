@@ -161,17 +161,20 @@ def invert(
 
 
 def losses(model: LatentDiffusion, batch: Batch, vectors: dict[str, Tensor] | None = None) -> Tensor:
-    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, a mean over the latents: (B,) in fp32.
+    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, (B,): a mean over latents, or weighted.
 
     `vectors` {name: (B, n, D)} stand in for a word's own, a copy for each sample.
     """
-    x_0, eps, t, ids = batch
+    x_0, eps, t, ids, weight = batch
     x_t = model.schedule.add_noise(x_0, eps, t)
     with torch.autocast(x_0.device.type, model.dtype, enabled=model.dtype == torch.float16):
         context = model.encode_prompts(ids, vectors)
         prediction = model.predict(x_t.to(model.dtype), t, context)
     target = model.schedule.target(x_0, eps, t)
-    return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    error = F.mse_loss(prediction.float(), target, reduction="none")  # (B, C, h, w)
+    if weight is None:
+        return error.mean(dim=(1, 2, 3))
+    return (weight * error).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * error.shape[1])
 
 
 def losses_and_gradients(
@@ -202,7 +205,7 @@ def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[
     loss, gradient = batch.x_0.new_zeros(size), torch.zeros_like(vectors)
     for start, end in pairwise(own):
         if start < end:
-            part = (x[start:end] for x in (vectors, *batch))
+            part = (x[start:end] for x in (vectors, *batch) if x is not None)
             loss[start:end], gradient[start:end] = compute(scale, *part)
     if ranks > 1:  # the rows of the others are zero
         dist.all_reduce(gradient)
@@ -234,6 +237,13 @@ def evaluate_on_time(
         if dist.is_initialized():  # so that all agree when to end, down to the rounding
             dist.broadcast(value, 0)
         state.evaluations.append(value.item())
+
+
+def is_flat(evaluations: list[float]) -> bool:
+    """Whether more steps gain little: the last five evaluations fell by less than 1 % of the whole drop."""
+    if len(evaluations) < 6:
+        return False
+    return evaluations[-5] - evaluations[-1] < 0.01 * (evaluations[0] - evaluations[-1])
 
 
 def diagnose(state: Inversion) -> str | None:

@@ -66,39 +66,47 @@ ORIENTATION = {
 
 
 class Photo(NamedTuple):
-    """One picture: its file, its pixels (3, size, size) in [-1, 1], its caption if it has one."""
+    """One picture: its file, its pixels (3, size, size) in [-1, 1], its caption and mask if it has any."""
 
     file: Path
     pixels: Tensor
-    caption: str | None
+    caption: str | None = None
+    mask: Tensor | None = None  # (1, size, size), from 0 (what is not to be learned) to 1
 
 
 def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
-    `cat.txt` beside `cat.jpg` is its caption.  Pictures in subfolders, other files and damaged pictures are
-    passed over.  Returns the photos, `size` pixels square, and one line for each thing passed over.
-    FileNotFoundError if there is no such folder, ValueError if it holds no readable picture or a caption
-    that is no text.
+    `cat.txt` beside `cat.jpg` is its caption.  `cat.mask.png` or the picture's own transparency is its mask.
+    Pictures in subfolders, other files and damaged pictures are passed over.  Returns the photos, `size`
+    pixels square, and one line for each thing passed over.  FileNotFoundError if there is no such folder,
+    ValueError if it holds no readable picture, a caption that is no text, or a mask that fits no picture.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"No such folder: {folder}; give a folder with a few pictures of one thing")
     entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     files = [entry for entry in entries if not entry.is_dir()]
+    masks = {file.stem.removesuffix(".mask"): file for file in files if file.stem.endswith(".mask")}
+    files = [file for file in files if file not in masks.values()]
     captioned = {file.stem for file in files if file.suffix != ".txt"}
+    if without := sorted(masks.keys() - captioned):
+        raise ValueError(f"{masks[without[0]]} is the mask of a picture {without[0]}, which is not there")
     photos, passed_over = [], []
     for file in files:
         if file.suffix == ".txt" and file.stem in captioned:
             continue
         try:
-            pixels = to_tensor(read_image(file), size)
+            picture, alpha = read_cutout(file)
         except (OSError, ValueError) as error:
             passed_over.append(one_line(error))
         else:
             caption = file.with_suffix(".txt")
             text = " ".join(read_text(caption).split()) if caption.is_file() else ""
-            photos.append(Photo(file, pixels, text or None))
+            mask = read_mask(file, picture, alpha, masks.get(file.stem), size)
+            if (cut := 1 - min(picture.size) / max(picture.size)) > 0.5:
+                passed_over.append(one_line(f"{cut:.0%} of {file.name}, outside of its middle square"))
+            photos.append(Photo(file, to_tensor(picture, size), text or None, mask))
     for subfolder in (entry for entry in entries if entry.is_dir()):
         if count := count_pictures(subfolder):
             found = f"{count} picture{'s' * (count > 1)} in the subfolder {subfolder.name}"
@@ -107,6 +115,25 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         found = "; ".join(passed_over[:3]) or "nothing"
         raise ValueError(f"No readable picture in {folder}; give a folder with a few of them (found {found})")
     return photos, passed_over
+
+
+def read_mask(file: Path, picture: Image.Image, alpha, mask_file: Path | None, size: int) -> Tensor | None:
+    """A photo's mask (1, size, size), cropped and resized as the photo is; None where it has none.
+
+    ValueError for a mask of another ratio, an empty one, or transparency and a mask file at once.
+    """
+    if mask_file is None and alpha is None:
+        return None
+    if mask_file is not None and alpha is not None:
+        raise ValueError(f"{file} has transparency and a mask, {mask_file.name}; keep one of them")
+    image, source = (alpha, file) if mask_file is None else (read_image(mask_file), mask_file)
+    if abs(image.width * picture.height / (image.height * picture.width) - 1) > 0.02:
+        sides = (f"{x.width} × {x.height} pixels" for x in (image, picture))
+        raise ValueError("{} has {}, its picture {}; the ratios must be equal".format(source, *sides))
+    mask = (to_tensor(image.convert("RGB"), size).mean(dim=0, keepdim=True) + 1) / 2
+    if not (mask > 0.05).any():
+        raise ValueError(f"{source}: the mask is empty in the middle square; white is what is to be learned")
+    return mask.clamp(0, 1)
 
 
 def count_pictures(folder: Path) -> int:
@@ -124,6 +151,11 @@ def read_image(file: str | Path) -> Image.Image:
     FileNotFoundError if there is no such file, ValueError if it is no picture, damaged, too large for Pillow
     or has 32-bit values.
     """
+    return read_cutout(file)[0]
+
+
+def read_cutout(file: str | Path) -> tuple[Image.Image, Image.Image | None]:
+    """`read_image`, and the transparency: 0 (clear) to 255, None where the picture is opaque everywhere."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     try:
@@ -145,14 +177,19 @@ def read_image(file: str | Path) -> Image.Image:
 
 
 def _open(file):
-    """One picture as upright RGB; errors as Pillow raises them."""
+    """One picture as upright RGB, and its transparency if it has any; errors as Pillow raises them."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without some
     with Image.open(file, formats=formats) as image:
         picture = to_rgb(image)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha is not None and alpha.getextrema()[0] == 255:
+            alpha = None
         # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
         turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
-        return picture if turn is None else picture.transpose(turn)
+        if turn is not None:
+            picture, alpha = picture.transpose(turn), alpha and alpha.transpose(turn)
+        return picture, alpha
 
 
 def _without_text(png: bytes) -> bytes:

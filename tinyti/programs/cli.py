@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..files.hub import find_model
 from ..files.tensors import one_line
 from ..model import LatentDiffusion, load
 from .miniature import TINY
@@ -92,8 +93,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         type=path_type,
         default=str(TINY),
         metavar="PATH",
-        help="model folder or single file, see weights/README.md",
+        help="model folder, single file or name on the Hugging Face hub, see weights/README.md",
     )
+    add("--download", action="store_true", help="fetch --weights and --words that are named and not there")
     add("--tokenizer", type=path_type, metavar="FOLDER", help="for a single file that has none beside it")
     add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
     add(
@@ -137,8 +139,9 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
-    """The model that the flags name, on its device."""
+    """The model that the flags name, on its device.  Sets args.weights to its path."""
     device, dtype = pick_device(args.device, args.precision)
+    args.weights = str(find_model(args.weights, args.download))
     return load(args.weights, device, dtype, args.prediction, args.tokenizer, args.clip_skip)
 
 

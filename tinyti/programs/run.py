@@ -23,7 +23,7 @@ from ..inversion import EVALUATE_EVERY, OPTIMIZERS, Inversion
 from ..model import LatentDiffusion, sample
 from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
-from .sheet import draw_sheet
+from .sheet import add_curve, draw_sheet
 
 FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
@@ -45,7 +45,17 @@ STYLE_PREVIEWS = (
 )
 PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
 SAVE_STATE_EVERY = 10  # steps, without drawing
-MAY_CHANGE = {"steps", "out", "save_every", "resume", "force", "device", "gradient_checkpointing"}
+MAY_CHANGE = {
+    "steps",
+    "out",
+    "save_every",
+    "resume",
+    "force",
+    "device",
+    "gradient_checkpointing",
+    "preview",
+    "download",
+}
 # Named by a path, but compared by what is there: `fingerprint`.
 BY_CONTENT = {"images", "templates", "weights", "tokenizer"}
 
@@ -62,6 +72,10 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         self.fingerprint = take_fingerprint(model, photos, templates)
         self.previews = {0: state.vectors}  # the vectors at PREVIEW_STEPS
+        self.prompts = [prompt.replace("{}", args.token) for prompt in preview_prompts(args)]
+        if without := [p for p in self.prompts if not model.tokenizer.has_word(p, args.token)]:
+            raise ValueError(f"--preview {without[0]!r} is without the word {args.token}; write {{}} for it")
+        self.ceiling = None  # what the autoencoder leaves of the photos: no word can draw them better
         self.rows = {}  # the pictures of them, drawn when they are first shown
         self.handle = None  # of the locked folder
         self.created = []  # the folders that this run has made
@@ -219,15 +233,19 @@ class Run:
 
     def progress(self, last: bool) -> Image.Image:
         """A sheet of what the word was learned from, and of what it drew along the way."""
-        templates = STYLE_PREVIEWS if self.args.style else PREVIEWS
-        prompts = [template.replace("{}", self.args.token) for template in templates]
+        prompts = self.prompts
         for step in self.previews.keys() - self.rows.keys():
             self.rows[step] = self.pictures(self.previews[step], prompts)
-        shown = [("learned from", [to_image(photo.pixels) for photo in self.photos[: len(prompts)]])]
+        photos = torch.stack([photo.pixels for photo in self.photos[: len(prompts)]])
+        if self.ceiling is None:
+            latents, _ = self.model.encode_moments(photos)
+            self.ceiling = self.model.decode(latents)
+        shown = [("learned from", [to_image(pixels) for pixels in photos])]
+        shown += [("the autoencoder's copy, at best", [to_image(pixels) for pixels in self.ceiling])]
         shown += [(f"step {step}", self.rows[step]) for step in self.previews]
         if last:
             shown.append((f"step {self.state.step}, the word", self.pictures(self.state.vectors, prompts)))
-        return draw_sheet(shown, footer=prompts)
+        return add_curve(draw_sheet(shown, footer=prompts), self.state.evaluations, EVALUATE_EVERY)
 
     def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
         """A picture for each prompt with these vectors, always from the same noise."""
@@ -239,6 +257,11 @@ class Run:
         finally:
             self.state.show(self.state.vectors)
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
+
+
+def preview_prompts(args) -> tuple[str, ...]:
+    """The prompts of progress.png, with {} for the word."""
+    return args.preview or (STYLE_PREVIEWS if args.style else PREVIEWS)
 
 
 def folder_name(token: str) -> str:
@@ -272,6 +295,8 @@ def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> 
 
 def _digest_photo(photo):
     pixels = photo.pixels.numpy().tobytes() + (photo.caption or "").encode()
+    if photo.mask is not None:
+        pixels += photo.mask.numpy().tobytes()
     caption = photo.file.with_suffix(".txt")
     data = photo.file.read_bytes() + (caption.read_bytes() if caption.is_file() else b"")
     return [hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels).hexdigest()]

@@ -25,3 +25,24 @@ def draw_sheet(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()
     for c, caption in enumerate(captions):
         pen.text((margin + c * (width + gap), len(rows) * (height + gap)), caption, "black", font)
     return sheet
+
+
+def add_curve(sheet: Image.Image, values: list[float], every: int) -> Image.Image:
+    """A sheet with a small curve below it: the evaluation loss at every `every`-th step."""
+    if len(values) < 2:
+        return sheet
+    height, margin = 90, 130
+    taller = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    taller.paste(sheet)
+    pen, font = ImageDraw.Draw(taller), ImageFont.load_default(size=12)
+    low, high = min(values), max(values)
+    left, top, right, bottom = margin, sheet.height + 10, sheet.width - 70, sheet.height + height - 20
+    pen.text((8, top), "evaluation loss", "black", font)
+    pen.text((left, bottom + 2), f"step 0 to {every * (len(values) - 1)}", "black", font)
+    places = [left + (right - left) * i / (len(values) - 1) for i in range(len(values))]
+    heights = [bottom - (bottom - top) * (value - low) / ((high - low) or 1) for value in values]
+    pen.line(list(zip(places, heights)), "black", 2)
+    for value, place in ((values[0], heights[0]), (values[-1], heights[-1])):
+        x = left - 48 if value is values[0] else right + 6
+        pen.text((x, place - 7), f"{value:.4f}", "black", font)
+    return taller
