@@ -131,6 +131,7 @@ def invert(model: LatentDiffusion, state: Inversion, examples: Examples, steps: 
     run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
     compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
+    state.show(state.vectors)  # Ctrl-C may have come between a step and its show
     evaluate_on_time(model, state, examples, seed, span)
     while state.step < steps and math.isfinite(state.evaluations[-1]):
         generator = Generator().manual_seed(seed * 1_000_003 + state.step + 1)
