@@ -150,6 +150,7 @@ def invert(
         found = f"batch_size {batch_size}, accumulate {accumulate} and span {span}"
         raise ValueError(f"{found}; expected at least 1, at least 1, and 0 <= low < high <= 1")
     compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
+    state.show(state.vectors)  # Ctrl-C may have come between a step and its show
     evaluate_on_time(model, state, examples, seed, span)
     while state.step < steps and math.isfinite(state.evaluations[-1]):
         generator = Generator().manual_seed(seed * 1_000_003 + state.step + 1)
