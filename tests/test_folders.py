@@ -143,12 +143,10 @@ def lightning(weights):
         names = {k: "model_ema." + k[6:].replace(".", "") for k in weights if k.startswith("model.")}
         ema = {name: 0 * weights[k] for k, name in names.items()}
         ema |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7).int()}
-        return saved({
-            "epoch": 3, "pytorch-lightning_version": "1.4.2", "state_dict": weights | ema,
-            "callbacks": {callback: {"monitor": None, "best_model_score": np.float64(0.3)}},
-            "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}],
-            "instance": instance, "curve": np.arange(3.0),
-        })  # fmt: skip
+        whole = {"epoch": 3, "pytorch-lightning_version": "1.4.2", "state_dict": weights | ema}
+        whole["callbacks"] = {callback: {"monitor": None, "best_model_score": np.float64(0.3)}}
+        whole["optimizer_states"] = [{"state": {0: torch.zeros(3)}, "param_groups": [{"lr": 1e-4}]}]
+        return saved(whole | {"instance": instance, "curve": np.arange(3.0)})
 
 
 CKPTS = {

@@ -101,6 +101,7 @@ FOLDERS = [  # a file, its damage, and words in the error
     *((file, {key: (3, 5)}, [key, "(3, 5)", str(shape)]) for file, key, shape in KEYS),
     *((file, {key: None}, [key, f"has nothing, expected is floats of shape {s}"]) for file, key, s in KEYS),
     *((file, {key + "_2": (1,)}, [key + "_2", "expected is nothing"]) for file, key, _ in KEYS),
+    ("text_encoder/model.safetensors", {"text_model.final_layer_norm.weight": (1,)}, ["norm.weight twice"]),
     *((file, -1, [file, "does not describe a file of weights", "download it again"]) for file, *_ in KEYS),
     *((UNET, junk, [UNET, "does not describe a JSON object", found]) for junk, found in JUNK.items()),
     *((SCHEDULER, junk, [SCHEDULER, "a JSON object", found]) for junk, found in JUNK.items()),
@@ -240,12 +241,15 @@ def test_changed_single_files(sd1, key, change, words, tmp_path):
     fails(ValueError, sd1.single(tmp_path / "m.safetensors", weights), "m.safetensors", *words)
 
 
-@pytest.mark.parametrize("key", [
+OTHERS = [
     "conditioner.embedders.1.model.ln_final.weight",  # Stable Diffusion XL
     "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",  # Stable Diffusion 3
     "double_blocks.0.img_attn.proj.weight",  # Flux
     "down_blocks.0.resnets.0.conv1.weight",  # a part of a folder
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("key", OTHERS)
 @pytest.mark.parametrize("ending, save", [("safetensors", save_file), ("ckpt", torch.save)])
 def test_files_of_other_families(key, ending, save, tmp_path):
     # SDXL's files have a UNet and a VAE under the same names as ours.

@@ -205,7 +205,7 @@ FOUND = [
     ("S*", "éS* e\u0301S* S*é S*\u0301 猫S* S*שלום"),
     ("s*", "cats* ⟦s*⟧ S*"),
     ("*", "a photo of ⟦*⟧"),
-    ("*", "⟦*⟧, (⟦*⟧) ⟦*⟧'s \"⟦*⟧\" 2*3 2 ⟦*⟧ 3 S* *S f***k ** *** _*"),
+    ("*", '⟦*⟧, (⟦*⟧) ⟦*⟧\'s "⟦*⟧" 2*3 2 ⟦*⟧ 3 S* *S f***k ** *** _*'),
     ("<cat-toy>", "a ⟦<cat-toy>⟧, <Cat-toy> <cat-toy>s x<cat-toy> <⟦<cat-toy>⟧> cat-toy> <cat-toy>*"),
     ("<s1> <s2>", "⟦<s1>⟧⟦<s2>⟧ ⟦<s2>⟧⟦<s2>⟧⟦<s1>⟧"),
     ("cat", "⟦cat⟧ ⟦cat⟧'s ⟦cat⟧. (⟦cat⟧) wild-⟦cat⟧ Cat CAT cats concat catcat cat2 my_cat cat_ cat*"),
