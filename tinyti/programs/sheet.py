@@ -37,7 +37,7 @@ def add_curve(sheet: Image.Image, values: list[float], every: int) -> Image.Imag
     pen, font = ImageDraw.Draw(taller), ImageFont.load_default(size=12)
     low, high = min(values), max(values)
     left, top, right, bottom = margin, sheet.height + 10, sheet.width - 70, sheet.height + height - 20
-    pen.text((8, top), "evaluation loss", "black", font)
+    pen.text((8, top), "evaluation\nloss", "black", font)
     pen.text((left, bottom + 2), f"step 0 to {every * (len(values) - 1)}", "black", font)
     places = [left + (right - left) * i / (len(values) - 1) for i in range(len(values))]
     heights = [bottom - (bottom - top) * (value - low) / ((high - low) or 1) for value in values]
