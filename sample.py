@@ -31,7 +31,7 @@ LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|(?<!\w)\w*\*")  # how people write words
 
 
 # What other programs read as a weight: (S*:1.2), ((S*)), [S*:0.5], BREAK
-WEIGHTS = re.compile(r"[(\[][^()\[\]]{0,100}:[\d.]+[)\]]|\(\([^()]{0,100}\)\)|\bBREAK\b")
+PROMPT_WEIGHTS = re.compile(r"[(\[][^()\[\]]{0,100}:[\d.]+[)\]]|\(\([^()]{0,100}\)\)|\bBREAK\b")
 
 
 def arguments(argv=None):
@@ -282,7 +282,7 @@ def check_text(model, text, notes):
     rest = model.tokenizer.without_words(text)
     for word in LOOKS_LEARNED.findall(rest):
         notes[f"note: {word!r} is no word that was loaded; --words loads learned words"] = None
-    if weighted := WEIGHTS.findall(text):
+    if weighted := PROMPT_WEIGHTS.findall(text):
         notes[f"note: {', '.join(weighted)} in a prompt is read as text; weights and BREAK do nothing"] = None
     rest = rest.replace("BREAK", " ")
     plain = sorted(set(re.findall(r"[^\W\d_]{4,}", rest)))

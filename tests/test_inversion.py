@@ -99,7 +99,7 @@ def test_the_gradients_of_one_backward_pass_are_those_of_one_for_each_sample(mod
     batch, vectors = draw_batch(model, examples, 3, seeded(), (0.25, 0.95)), state.path.expand(3, -1, -1)
     together, gradients = losses_and_gradients(model, "S*", torch.tensor(8.0), vectors, *batch)
     for i in range(3):
-        loss = losses(model, Batch(*(part[i : i + 1] for part in batch))).sum()
+        loss = losses(model, Batch(*(part[i : i + 1] for part in batch[:4]))).sum()
         (alone,) = torch.autograd.grad(loss, state.concept.vectors)
         torch.testing.assert_close(gradients[i], alone, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(together[i], loss)

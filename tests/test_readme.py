@@ -64,7 +64,7 @@ def test_link(link):
 def test_reading_order_is_complete():
     files = [file for file in (ROOT / "tinyti").rglob("*.py") if file.name != "__init__.py"]
     order = TEXT[TEXT.index("## Reading order") :]
-    assert len(files) == 27
+    assert len(files) == 28
     assert all(f"]({file.relative_to(ROOT).as_posix()})" in order for file in files)
 
 

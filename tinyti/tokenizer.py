@@ -26,7 +26,7 @@ BERT_SPECIAL = {
     "mask_token": "[MASK]",
 }
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-MOST_BYTES = 64 * 2**20  # of a vocabulary's file
+MOST_VOCABULARY_BYTES = 64 * 2**20  # of a vocabulary's file
 LETTER = r"[\p{L}\p{N}_*]"  # what continues a word
 BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # and all that can be joined to it
 
@@ -181,8 +181,8 @@ class Tokenizer:
 def _read_core(folder: Path, config: dict) -> Core:
     """The vocabulary of a folder, with the tokens that were added after its training."""
     for file in folder.glob("*"):
-        if (size := file.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"{file.name} has {size:,} bytes, expected at most {MOST_BYTES:,}")
+        if (size := file.stat().st_size) > MOST_VOCABULARY_BYTES:
+            raise ValueError(f"{file.name} has {size:,} bytes, expected at most {MOST_VOCABULARY_BYTES:,}")
     if (folder / "tokenizer.json").is_file():  # the whole
         steps = (_settings(folder, "tokenizer.json").get("normalizer") or {}).get("normalizers", [])
         if len(steps) > 8:  # each may double the length of a text

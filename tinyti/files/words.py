@@ -24,7 +24,7 @@ from .whole import atomic_write
 MODELS = {768: "SD1", 1024: "SD2", 1280: "LDM"}  # the model that a width belongs to
 MOST_VECTORS = 75  # a prompt has 77 places; its start and its end take two
 MOST_WIDTH = 8192  # a damaged file can describe a tensor far larger than itself
-MOST_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
+MOST_FILE_BYTES = 256 * 2**20  # a learned word is a few KiB; a larger file is a model
 MOST_PICKLE = 16 * 2**20  # a safetensors file may hold LoRA weights beside the word, a pickle does not
 MOST_WORDS = 1000  # in one file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -150,7 +150,7 @@ def _find(path: Path) -> Path:
 
 def _load(file: Path):
     """What the file holds."""
-    if (size := file.stat().st_size) > MOST_BYTES:
+    if (size := file.stat().st_size) > MOST_FILE_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
     if size > MOST_PICKLE and data[8:9] != b"{" and not data.startswith(PICTURES):

@@ -28,7 +28,7 @@ from .sheet import add_curve, draw_sheet
 FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
 FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
-MOST_BYTES = 2 * 2**30  # of a state.pt
+MOST_STATE_BYTES = 2 * 2**30  # of a state.pt
 PREVIEWS = (
     "a photo of {}",
     "a photo of {} on the beach",
@@ -333,7 +333,7 @@ def write_state(file: Path, saved: dict) -> None:
 
 def read_state(file: Path) -> dict:
     """What `write_state` wrote, on the CPU; ValueError for any other bytes, of which no code is run."""
-    if file.stat().st_size > MOST_BYTES:
+    if file.stat().st_size > MOST_STATE_BYTES:
         raise _damaged(file)
     data = file.read_bytes()
     if data[-32:] != _digest(data[:-32]):
