@@ -78,9 +78,10 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
 
     `cat.txt` beside `cat.jpg` is its caption.  `cat.mask.png` or the picture's own transparency is its mask.
-    Pictures in subfolders, other files and damaged pictures are passed over.  Returns the photos, `size`
-    pixels square, and one line for each thing passed over.  FileNotFoundError if there is no such folder,
-    ValueError if it holds no readable picture, a caption that is no text, or a mask that fits no picture.
+    Pictures in subfolders (but `heldout`, which is for judging a word), other files and damaged pictures are
+    passed over.  Returns the photos, `size` pixels square, and one line for each thing passed over.
+    FileNotFoundError if there is no such folder, ValueError if it holds no readable picture, a caption that
+    is no text, or a mask that fits no picture.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -107,7 +108,7 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
             if (cut := 1 - min(picture.size) / max(picture.size)) > 0.5:
                 passed_over.append(one_line(f"{cut:.0%} of {file.name}, outside of its middle square"))
             photos.append(Photo(file, to_tensor(picture, size), text or None, mask))
-    for subfolder in (entry for entry in entries if entry.is_dir()):
+    for subfolder in (entry for entry in entries if entry.is_dir() and entry.name != "heldout"):
         if count := count_pictures(subfolder):
             found = f"{count} picture{'s' * (count > 1)} in the subfolder {subfolder.name}"
             passed_over.append(one_line(f"{found} (give {subfolder} to learn from these)"))
