@@ -120,7 +120,8 @@ LISTED = {
         "v1-5-pruned.ckpt v1-5-pruned-emaonly.safetensors unet/diffusion_pytorch_model.bin "
         "unet/diffusion_pytorch_model.fp16.safetensors "
         "unet/diffusion_pytorch_model.non_ema.safetensors "
-        "safety_checker/model.safetensors text_encoder/pytorch_model.bin vae/diffusion_pytorch_model.fp16.bin",
+        "safety_checker/model.safetensors text_encoder/pytorch_model.bin "
+        "vae/diffusion_pytorch_model.fp16.bin",
     ),
     "CompVis/ldm-text2im-large-256": (
         "model_index.json bert/config.json bert/pytorch_model.bin scheduler/scheduler_config.json "

@@ -32,7 +32,8 @@ def test_command(command):
         assert all((ROOT / folder).is_dir() for folder in bundled) and (bundled or args.weights != str(TINY))
     elif "sample.py" in words:
         args = sample_py.arguments(words[words.index("sample.py") + 1 :])
-        assert bool(args.words) == any("S*" in prompt for prompt in args.prompts)
+        texts = [*args.prompts, args.negative]
+        assert bool(args.words) == any(word in text for text in texts for word in ("S*", "easynegative"))
     else:
         extras = re.fullmatch(r"pip install -e \.(\[(\w+)\])?", " ".join(words))
         if extras and extras[2]:
