@@ -5,9 +5,9 @@ import socket
 from fnmatch import fnmatch
 
 import huggingface_hub
-import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import constants
 
 import sample as sample_py
 import tinyti
@@ -48,7 +48,7 @@ def cache(tmp_path_factory):
         raise AssertionError("a network was used")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder))
         patch.setattr(socket.socket, "connect", no_network)
         yield folder
 
