@@ -245,8 +245,9 @@ def add_words(model, entries, clip_skip, download):
             cli.say(f"note: {path} was learned with --clip-skip {learned_with}, now it is {clip_skip}")
 
 
-def read_clip_skip(folder):
+def read_clip_skip(path):
     """The --clip-skip that the word in a run's folder was learned with; None if that is not known."""
+    folder = path if path.is_dir() else path.parent
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return settings["clip_skip"]
