@@ -111,10 +111,10 @@ class Inversion:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to go on exactly from here, on the CPU."""
-        point = self.point._asdict()
-        point["word"] = point.pop("vectors")
+        step, path, vectors, memory, scale = self.point
         log = torch.cat([self.start.new_zeros(0, 3), *(row[None] for row in self.log[: self.step])])
-        return _to({"start": self.start, "evaluations": self.evaluations, "log": log} | point, "cpu")
+        saved = {"start": self.start, "path": path, "word": vectors, "memory": memory, "scale": scale}
+        return _to(saved | {"step": step, "evaluations": self.evaluations, "log": log}, "cpu")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.

@@ -5,7 +5,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -97,7 +97,9 @@ def unpickle(source: Path | bytes):
             entries = archive.infolist()
         if any(entry.file_size > entry.compress_size + 2**20 for entry in entries):
             raise ValueError("its contents are compressed, as torch.save never does")
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(stream()) if zipped else []
+    names = []
+    with suppress(Exception):  # damaged files; torch.load says what is wrong with them
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(stream()) if zipped else []
     stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
     try:
         # The official files of words hold an nn.ParameterDict.

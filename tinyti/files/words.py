@@ -164,7 +164,8 @@ def _load(file: Path):
             return _parse(data)
     except Exception as error:  # there is hardly a kind that damaged bytes do not raise
         if isinstance(error, UnsafePickleError):
-            raise _refusal(file, f"a pickle: {error}", advice="ask for a .safetensors file") from error
+            found = f"a pickle that {str(error).removeprefix('it ')}"
+            raise _refusal(file, found, advice="ask for a .safetensors file") from error
         raise _refusal(file, "a damaged or unknown file", advice="fetch it again") from error
 
 
