@@ -551,7 +551,7 @@ def test_shards_that_are_not_there(tmp_path):
         "{",
         "[]",
         "{}",
-        *('{"weight_map": %s}' % found for found in ("5", '{"a": 5}', '{"a": []}')),
+        *(json.dumps({"weight_map": found}) for found in (5, {"a": 5}, {"a": []})),
     ):
         (folder / "unet" / index).write_text(junk)
         refused(folder, f"unet/{index}")
