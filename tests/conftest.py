@@ -74,7 +74,8 @@ def loaded():
     load_model = cli.load_model
 
     def load_once(args):
-        if args.weights != str(TINY) or args.precision or args.device not in ("auto", "cpu"):
+        is_other = args.weights != str(TINY) or args.precision or args.clip_skip > 1
+        if is_other or args.device not in ("auto", "cpu"):
             return load_model(args)
         model = _tiny()
         model.tokenizer.words.clear()

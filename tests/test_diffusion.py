@@ -113,9 +113,8 @@ REFUSED = {
     "beta_schedule": ["squaredcos_cap_v2", ["linear"]],
     "prediction_type": ["sample"],
     "timestep_spacing": ["karras"],
-    "clip_sample": [True],
     "trained_betas": [[0.1]],
-    "rescale_betas_zero_snr": [True],
+    "rescale_betas_zero_snr": ["yes", 1],
     "beta_end": [5, "0.012", 1e-5],
     "beta_start": [float("nan")],
     "num_train_timesteps": [0, 10**12, 10.5],
@@ -142,6 +141,8 @@ BAD = {
 def test_bad_requests_are_named(message):
     with pytest.raises(ValueError, match=message):
         next(denoise(network, torch.zeros(1, 1), Schedule(**SD), **BAD[message]))
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr works with v_prediction only"):
+        Schedule(**SD, rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="too many"):  # t = 1000, where the training ended at 999
         Schedule(**SD, steps_offset=1).timesteps(1000)
 

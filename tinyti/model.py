@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from .concept import Concept
 from .diffusion import Schedule, copy_to, denoise, randn
-from .files.folder import DOWNLOAD, build, read_clip, read_folder
+from .files.folder import DOWNLOAD, build, find_snapshot, read_clip, read_folder
 from .files.single import read_single_file
 from .graphs import record_graph
 from .networks.clip import CLIPText
@@ -165,7 +165,8 @@ def load_clip(
     path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[CLIP, Tokenizer]:
     """Load a CLIP folder like openai/clip-vit-base-patch32, with its vocabulary; errors as of `load`."""
-    config, weights, preprocess = read_clip(Path(path))
+    path = find_snapshot(Path(path))
+    config, weights, preprocess = read_clip(path)
     clip = build(config, weights, path, device, dtype, preprocess=preprocess)
     return clip, Tokenizer.from_folder(path)
 

@@ -115,6 +115,8 @@ class Checkpoint:
             for name in ("beta_start", "beta_end", "beta_schedule"):
                 if settings.get(name) is None:
                     raise ValueError(f"it lacks {name}, as the schedulers of flow and consistency models do")
+            if self.is_ldm and settings.get("clip_sample"):  # the pipelines of Stable Diffusion ignore it
+                raise ValueError("clip_sample is True, expected False")
         if not self.is_ldm:
             settings["steps_offset"] = 1
         if prediction:

@@ -71,7 +71,7 @@ def is_safetensors(path: Path) -> bool:
         head = file.read(256)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("it is a pointer of git-lfs, not the file itself; run git lfs pull")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError("it is a web page (HTML), not the file itself")
     return head[8:9] == b"{"
 
