@@ -293,3 +293,16 @@ def test_both_programs_take_the_gpu_that_is_there(tmp_path):
     flags = ["--images", str(CONCEPTS / "cat"), "--token", "S*", "--out", str(tmp_path / "S")]
     assert train_py.main(flags) == 0
     assert sample_py.main(["a photo of S*", "--words", str(tmp_path / "S"), "--out", str(tmp_path)]) == 0
+
+
+def test_every_step_draws_anew_and_the_evaluation_is_no_steps_batch(model, examples, monkeypatch):
+    drawn = []
+
+    def draw(*args):
+        drawn.append(draw_batch(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(inversion, "draw_batch", draw)
+    learn(model, examples, steps=3)
+    noise = [tuple(batch.eps.flatten()[:8].tolist()) for batch in drawn]
+    assert len(drawn) == 4 and len(set(noise)) == 4  # the evaluation of step 0, and three steps
