@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -16,8 +15,8 @@ from tqdm import tqdm
 import tinyti
 from tinyti.diffusion import SAMPLERS
 from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped_steps, to_mask
-from tinyti.files.pictures import read_image, to_image, to_tensor
-from tinyti.files.whole import atomic_write
+from tinyti.files.pictures import read_image, read_text, to_image, to_tensor
+from tinyti.files.whole import atomic_write, writable_folder
 from tinyti.files.words import read_words
 from tinyti.programs import cli
 from tinyti.programs.cli import any_text_type, number_type, path_type, text_type
@@ -116,7 +115,8 @@ def draw_pictures(args):
 
     rows, maps = [], []
     batches = [range(args.count)[i : i + BATCH] for i in range(0, args.count, BATCH)]
-    with tqdm(total=len(args.prompts) * len(batches) * painter.steps, unit="step") as bar:
+    total = len(args.prompts) * len(batches) * painter.steps
+    with writable_folder(out), tqdm(total=total, unit="step") as bar:
         for prompt, prompt_files, prompt_words in zip(args.prompts, files, words):
             pictures, heat = [], {word: [] for word in prompt_words if args.attention}
             for batch in batches:
@@ -126,9 +126,9 @@ def draw_pictures(args):
                 pictures += drawn
             rows.append((prompt, pictures))
             maps += [(f"{word} in: {prompt}", overlays) for word, overlays in heat.items()]
-    save(draw_sheet(rows), sheet, painter.settings)
-    if args.attention:
-        save(draw_sheet(maps), attention, painter.settings)
+        save(draw_sheet(rows), sheet, painter.settings)
+        if args.attention:
+            save(draw_sheet(maps), attention, painter.settings)
     print(f"{len(rows) * args.count} pictures and grid.png in {cli.short_path(out)}")
     return 0
 
@@ -241,10 +241,10 @@ def add_words(model, entries, clip_skip):
 
 def read_clip_skip(folder):
     """The --clip-skip that the word in a run's folder was learned with; None if that is not known."""
+    file = folder / "settings.json"
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return settings["clip_skip"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_text(file))["clip_skip"] if file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -293,10 +293,9 @@ def save(picture, file, about):
     info = PngInfo()
     about = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace").decode()  # odd file names
     info.add_itxt("tinyti", about)
-    file.parent.mkdir(parents=True, exist_ok=True)  # only now: before, there may be nothing to keep
     with atomic_write(file) as stream:
         picture.save(stream, format="PNG", pnginfo=info)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

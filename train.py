@@ -106,11 +106,6 @@ def train(args):
     if args.templates:
         templates = read_templates(args.templates)
     photos, passed_over = read_photos(args.images, size)
-    if passed_over:
-        cli.say(f"passed over {'; '.join(passed_over)}")
-    if is_tiny(args.weights) and ROOT / "concepts" not in Path(args.images).resolve().parents:
-        cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
-
     rows = word_rows(model, args.init) if args.init else model.text.table.mean(dim=0, keepdim=True)
     concept = model.add_word(args.token, Concept.initial(rows, args.vectors, args.seed))
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
@@ -120,6 +115,10 @@ def train(args):
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = {"initial": state.step, "unit": "step", "disable": not run}
     with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
+        if passed_over:
+            cli.say(f"passed over {'; '.join(passed_over)}")
+        if is_tiny(args.weights) and ROOT / "concepts" not in Path(args.images).resolve().parents:
+            cli.say("the miniature knows its drawn world only; photos want a real model: weights/README.md")
         if dist.is_initialized():  # all begin where the first does
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)
@@ -195,4 +194,4 @@ def report(args, model, state, examples, run):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import unicodedata
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -82,9 +83,12 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     that is no text.
     """
     folder = Path(folder)
+    if not size >= 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
     if not folder.exists():
         raise FileNotFoundError(f"No such folder: {folder}; give a folder with a few pictures of one thing")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    entries = list(folder.iterdir()) if folder.is_dir() else [folder]
+    entries.sort(key=lambda entry: (unicodedata.normalize("NFC", entry.name), entry.name))
     files = [entry for entry in entries if not entry.is_dir()]
     captioned = {file.stem for file in files if file.suffix != ".txt"}
     photos, passed_over = [], []
@@ -192,6 +196,9 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """The way back: (3, H, W), values outside [-1, 1] clipped; FloatingPointError for NaN and infinity."""
+    if pixels.ndim != 3 or len(pixels) != 3 or not pixels.is_floating_point():
+        found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
+        raise ValueError(f"a picture is floats of shape (3, H, W), not {found}")
     pixels = pixels.detach().float().cpu()
     if not pixels.isfinite().all():
         hint = "compute in fp32 or bf16, lower the guidance, or check the weights and the words"
