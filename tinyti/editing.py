@@ -94,6 +94,8 @@ def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
     """
     levels = (to_tensor(to_rgb(picture), size).mean(dim=0, keepdim=True) + 1) / 2
     mask = ((levels - 0.05) / 0.9).clamp(0, 1)  # (1, size, size)
+    if not feather >= 0:
+        raise ValueError(f"feather is {feather}; it is a number of pixels")
     if feather:
         window = {"kernel_size": 2 * feather + 1, "stride": 1, "padding": feather}
         mask = -F.max_pool2d(-mask, **window)  # far enough inside for the average to stay within the white

@@ -148,11 +148,12 @@ def invert(
     evaluation is not a finite number.  The draws of a step depend on `seed` and the step's number alone, so a
     run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
-    if not min(steps, batch_size, accumulate) >= 1 or not 0 <= span[0] < span[1] <= 1:
+    low, high = span
+    if not all(isinstance(number, int) for number in (steps, batch_size, seed, accumulate)):
+        raise TypeError("steps, batch_size, seed and accumulate are whole numbers")
+    if min(steps, batch_size, accumulate) < 1 or not 0 <= low < high <= 1:
         found = f"steps {steps}, batch_size {batch_size}, accumulate {accumulate} and span {span}"
-        raise ValueError(f"{found}; expected numbers of at least 1, and 0 <= low < high <= 1")
-    if not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r:.100}; it is a whole number")
+        raise ValueError(f"{found}; expected at least 1 of each, and 0 <= low < high <= 1")
     compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
     evaluate_on_time(model, state, examples, seed, span)
     while state.step < steps and math.isfinite(state.evaluations[-1]):

@@ -13,6 +13,7 @@ from .diffusion import Schedule, copy_to, denoise, randn
 from .files.folder import DOWNLOAD, build, read_clip, read_folder
 from .files.single import read_single_file
 from .files.tensors import explain_errors
+from .files.words import check_vectors
 from .graphs import record_graph
 from .networks.clip import CLIPText
 from .networks.ldmbert import LDMBert
@@ -61,17 +62,15 @@ class LatentDiffusion:
             raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
     def add_word(self, name: str, vectors: Tensor) -> Concept:
-        """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
+        """Make a learned word usable in prompts: vectors (n, D) or (D,) -> its Concept.  The only way in.
 
         ValueError if the vectors are not as wide as the model's, not finite or too many for a prompt, or the
         name is taken or cannot be a word.
         """
+        vectors = check_vectors(vectors, name, "add_word")
         width, shape = self.text.table.shape[1], tuple(vectors.shape)
-        if len(shape) != 2 or shape[1] != width:
+        if shape[1] != width or shape[0] > self.tokenizer.length - 2:
             raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
-        places = self.tokenizer.length - 2
-        if not 1 <= shape[0] <= places or not vectors.float().norm(dim=1).isfinite().all():
-            raise ValueError(f"{name!r:.80} has {shape[0]} vectors, or NaN; expected 1 to {places}, finite")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -141,7 +140,7 @@ def load(
     """
     path = Path(path)
     with explain_errors(device, "device of PyTorch", "take cpu, cuda or mps"):
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("fp16 is for GPUs; on the CPU take torch.float32, or torch.bfloat16 to save memory")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -186,7 +186,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """The middle square of an RGB image, resized (bicubic, antialiased): (3, size, size) in [-1, 1]."""
+    """The middle square of an RGB image, resized (bicubic, antialiased): (3, size, size) in [-1, 1].
+
+    ValueError for a picture of another mode, or without pixels.
+    """
+    if image.mode != "RGB" or 0 in image.size:
+        raise ValueError(f"a picture of mode {image.mode} and size {image.size}; expected RGB, by to_rgb")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))  # resize(box=...) would mix in what is outside
