@@ -119,8 +119,9 @@ class LatentDiffusion:
         return mean + std * randn(mean.shape, generator, mean)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, f h, f w) in [-1, 1]."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).clamp(-1, 1)
+        """Latents (B, C, h, w) -> images (B, 3, f h, f w) in [-1, 1], NaN where the network overflows."""
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype))
+        return torch.where(images.isfinite(), images.clamp(-1, 1), torch.nan)
 
 
 def load(

@@ -40,6 +40,7 @@ NOT_READ = [
 ]
 SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MOST_TEXT = 2**20  # bytes of a caption or of a file of templates
+MOST_LETTERS = 10_000  # of a caption or of a text in the command line; a prompt has room for 75 tokens
 
 # What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
 DAMAGED = (
@@ -102,6 +103,8 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         else:
             caption = file.with_suffix(".txt")
             text = " ".join(read_text(caption).split()) if caption.is_file() else ""
+            if len(text) > MOST_LETTERS:
+                raise ValueError(f"{caption}: {len(text):,} letters; a prompt has room for 75 tokens")
             photos.append(Photo(file, pixels, text or None))
     for subfolder in (entry for entry in entries if entry.is_dir()):
         if count := count_pictures(subfolder):

@@ -18,11 +18,10 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+from ..files.pictures import MOST_LETTERS
 from ..files.tensors import one_line
 from ..model import LatentDiffusion, load
 from .miniature import TINY
-
-MOST_LETTERS = 10_000  # of a text in the command line; a prompt has room for 75 tokens
 
 
 class Parser(argparse.ArgumentParser):
