@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -17,8 +16,8 @@ import tinyti
 from tinyti.diffusion import SAMPLERS
 from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped_steps, to_mask
 from tinyti.files.hub import find_word
-from tinyti.files.pictures import read_image, to_image, to_tensor
-from tinyti.files.whole import atomic_write
+from tinyti.files.pictures import read_image, read_text, to_image, to_tensor
+from tinyti.files.whole import atomic_write, writable_folder
 from tinyti.files.words import read_words
 from tinyti.programs import cli
 from tinyti.programs.cli import any_text_type, number_type, path_type, text_type
@@ -121,7 +120,8 @@ def draw_pictures(args):
 
     rows, maps = [], []
     batches = [range(args.count)[i : i + BATCH] for i in range(0, args.count, BATCH)]
-    with tqdm(total=len(args.prompts) * len(batches) * painter.steps, unit="step") as bar:
+    total = len(args.prompts) * len(batches) * painter.steps
+    with writable_folder(out), tqdm(total=total, unit="step") as bar:
         for prompt, prompt_files, prompt_words in zip(args.prompts, files, words):
             pictures, heat = [], {word: [] for word in prompt_words if args.attention}
             for batch in batches:
@@ -131,9 +131,9 @@ def draw_pictures(args):
                 pictures += drawn
             rows.append((prompt, pictures))
             maps += [(f"{word} in: {prompt}", overlays) for word, overlays in heat.items()]
-    save(draw_sheet(rows), sheet, painter.settings)
-    if args.attention:
-        save(draw_sheet(maps), attention, painter.settings)
+        save(draw_sheet(rows), sheet, painter.settings)
+        if args.attention:
+            save(draw_sheet(maps), attention, painter.settings)
     print(f"{len(rows) * args.count} pictures and grid.png in {cli.short_path(out)}")
     return 0
 
@@ -248,10 +248,10 @@ def add_words(model, entries, clip_skip, download):
 def read_clip_skip(path):
     """The --clip-skip that the word in a run's folder was learned with; None if that is not known."""
     folder = path if path.is_dir() else path.parent
+    file = folder / "settings.json"
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return settings["clip_skip"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_text(file))["clip_skip"] if file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -303,10 +303,9 @@ def save(picture, file, about):
     info = PngInfo()
     about = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace").decode()  # odd file names
     info.add_itxt("tinyti", about)
-    file.parent.mkdir(parents=True, exist_ok=True)  # only now: before, there may be nothing to keep
     with atomic_write(file) as stream:
         picture.save(stream, format="PNG", pnginfo=info)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

@@ -128,11 +128,6 @@ def train(args, argv):
     if args.templates:
         templates = read_templates(args.templates)
     photos, passed_over = read_photos(args.images, size)
-    if passed_over:
-        cli.say(f"passed over {'; '.join(passed_over)}")
-    if uses_photos_on_tiny(args):
-        cli.say("the miniature knows its own drawn world only; photos want a real model: weights/README.md")
-
     start = start_vectors(model, args)
     args.vectors = len(start)
     concept = model.add_word(args.token, start)
@@ -143,6 +138,10 @@ def train(args, argv):
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = {"initial": state.step, "unit": "step", "disable": not run}
     with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
+        if passed_over:
+            cli.say(f"passed over {'; '.join(passed_over)}")
+        if uses_photos_on_tiny(args):
+            cli.say("the miniature knows its drawn world only; photos want a real model: weights/README.md")
         if dist.is_initialized():  # all begin where the first does
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)
@@ -261,4 +260,4 @@ def uses_photos_on_tiny(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

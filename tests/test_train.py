@@ -249,7 +249,7 @@ def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
     assert "--accumulate" in last_line(capsys) and not (tmp_path / "S").exists()
 
 
-def test_other_files_are_passed_over_and_subfolders_not_mentioned(tmp_path, capsys):
+def test_other_files_and_subfolders_are_passed_over(tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(CONCEPTS / "cat", images)
     (images / ".DS_Store").write_bytes(b"\0\1")
@@ -257,14 +257,14 @@ def test_other_files_are_passed_over_and_subfolders_not_mentioned(tmp_path, caps
     train(*RUN, "--images", images, "--out", tmp_path / "S", "--steps", "1")
     error = capsys.readouterr().err
     line = next(x for x in error.splitlines() if "passed over" in x)
-    assert ".DS_Store" in line and "broken.png" in line and "heldout" not in line
+    assert ".DS_Store" in line and "broken.png" in line and "5 pictures in the subfolder heldout" in line
     assert "miniature knows" in error  # these pictures are not its own
 
 
 def test_the_last_line_can_be_copied(word, tmp_path, capsys):
     train(*RUN, "--images", CONCEPTS / "risograph", "--style", "--out", tmp_path / "a b")
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("use it: "))
-    assert "in the style of S*" in line and "a b'" in line
+    assert "in the style of S*" in line and 'a b"' in line
 
 
 def test_a_terminal_of_few_characters(tmp_path):
@@ -311,7 +311,7 @@ def test_a_template_without_the_word_is_refused(tmp_path, capsys):
 def test_a_word_is_never_overwritten_by_accident(word, capsys):
     for flags, message in [
         ([], "--force"),
-        (["--resume", "--lr", "1e-3"], "lr was None and is 0.001"),
+        (["--resume", "--lr", "1e-3"], "lr was 0.01 and is 0.001"),
         (["--resume", "--vectors", "2"], "vectors was 1"),
         (["--resume", "--init", "dog"], "init was"),
     ]:

@@ -33,10 +33,9 @@ class Concept(nn.Module):
         vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
         two start equal.  ValueError for no rows or n < 1.
         """
-        if n < 1 or rows.ndim != 2 or not len(rows):
-            raise ValueError(
-                f"{n} vectors from rows of shape {tuple(rows.shape)}; expected at least 1 from (m, D)"
-            )
+        if n < 1 or rows.ndim != 2 or not len(rows) or not rows.isfinite().all():
+            found = f"{n} vectors from rows of shape {tuple(rows.shape)}"
+            raise ValueError(f"{found}; expected at least 1 from (m, D) finite numbers")
         m, rows = len(rows), rows.detach().float()
         if m >= n:
             bounds = [i * m // n for i in range(n + 1)]

@@ -45,4 +45,4 @@ def convert(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

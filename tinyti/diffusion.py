@@ -166,6 +166,9 @@ def randn(
     Drawn on the generator's device in fp32 and brought to `like`'s device and dtype, so that a seed means the
     same noise wherever the model runs.  ValueError for a list of another length than the batch.
     """
+    several = generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None)
+    if not all(isinstance(g, Generator) for g in several):
+        raise TypeError(f"generator is {generator!r:.100}; it is a torch.Generator, a list of them or None")
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}; give one, or one each")

@@ -63,9 +63,10 @@ def in_region(
     again, noised as far.  A latent is redrawn if any of its pixels is; `paste` brings the others back.
     ValueError as for `from_image`, or if the mask is not as large as the image.
     """
-    if mask.shape[-2:] != image.shape[-2:]:
-        found, expected = ("×".join(map(str, x.shape[-2:])) for x in (mask, image))
-        raise ValueError(f"the mask has {found} pixels, the image {expected}; make the mask by to_mask")
+    if mask.shape != (1, *image.shape[-2:]) or not ((mask >= 0) & (mask <= 1)).all():
+        found, expected = ("×".join(map(str, x.shape)) for x in (mask, image))
+        found = f"the mask has {found} values, the image {expected}"
+        raise ValueError(f"{found}; expected (1, H, W) from 0 to 1, make the mask by to_mask")
     _refuse_options(options)
     prompts, x_0, eps, ts = _begin(model, prompts, image, strength, steps, sampler, generator)
     inside = F.max_pool2d((mask > 0).to(x_0), model.vae.factor) > 0  # (1, H/f, W/f)
@@ -93,6 +94,8 @@ def to_mask(picture: Image.Image, size: int, feather: int = 0) -> Tensor:
     """
     levels = (to_tensor(to_rgb(picture), size).mean(dim=0, keepdim=True) + 1) / 2
     mask = ((levels - 0.05) / 0.9).clamp(0, 1)  # (1, size, size)
+    if not feather >= 0:
+        raise ValueError(f"feather is {feather}; it is a number of pixels")
     if feather:
         window = {"kernel_size": 2 * feather + 1, "stride": 1, "padding": feather}
         mask = -F.max_pool2d(-mask, **window)  # far enough inside for the average to stay within the white
@@ -151,9 +154,9 @@ def attention_maps(
     at_word = torch.isin(model.tokenizer(prompts), ids).to(model.device)  # (B, T)
     if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
         raise ValueError(f"{word!r} does not stand in the prompt {without[0]!r}")
-    heat = torch.zeros(
-        len(prompts), *(size or (model.size, model.size)), device=model.device, dtype=torch.float32
-    )
+    size = (model.size, model.size) if size is None else size
+    model.check_size(*size)
+    heat = torch.zeros(len(prompts), *size, device=model.device, dtype=torch.float32)
     shapes, hooks = [], []
 
     def record(attention, args, output):
@@ -194,11 +197,9 @@ def _refuse_options(options):
 def _batch(model, prompts, image):
     """Prompts as a list of B, and an image for each, (B, 3, H, W)."""
     prompts = as_list(prompts)
-    (height, width), factor = image.shape[-2:], model.vae.factor
-    if height % factor or width % factor:
-        raise ValueError(f"the image has {height}×{width} pixels; both must be multiples of {factor}")
-    if not image.abs().max() <= 1.01:  # true of NaN, too
-        raise ValueError("the image has values outside of [-1, 1]; make it by to_tensor")
+    if image.ndim not in (3, 4) or (image.ndim == 4 and len(image) != len(prompts)):
+        found = f"the image has the shape {tuple(image.shape)}"
+        raise ValueError(f"{found}; expected (3, H, W), or one for each of the {len(prompts)} prompts")
     return prompts, image.expand(len(prompts), *image.shape[-3:])
 
 

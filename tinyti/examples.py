@@ -44,10 +44,11 @@ def make_examples(
         raise ValueError(
             f"{len(photos)} photos and the templates {templates!r:.100}; expected lists, not empty"
         )
+    if name not in model.concepts:
+        raise ValueError(f"{name!r:.80} is no word of this model; model.add_word makes it one")
     masked = any(photo.mask is not None for photo in photos)
     moments, prompts, weights = [], [], []
     for photo in photos:  # one by one: a thousand of them would not fit into memory at once
-        model.check_size(*photo.pixels.shape[-2:])
         views = [photo.pixels, photo.pixels.flip(-1)] if flip else [photo.pixels]
         moments.append(model.encode_moments(torch.stack(views)))  # each (flips, C, h, w)
         if masked:  # a latent counts as much as the pixel of it that counts most
@@ -59,6 +60,9 @@ def make_examples(
             prompts.append([caption] * len(templates))
         else:
             prompts.append([fill_template(template, name, caption) for template in templates])
+    for prompt in {prompt for lines in prompts for prompt in lines}:
+        if not model.tokenizer.has_word(prompt, name):
+            raise ValueError(f"{name!r} does not stand alone in {prompt!r:.200}; templates have {{}}")
     mean, std = (torch.stack(part) for part in zip(*moments))
     return Examples(mean, std, prompts, torch.stack(weights).to(model.device) if masked else None)
 

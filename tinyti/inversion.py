@@ -55,6 +55,8 @@ class Inversion:
     def __init__(
         self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
     ):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r:.100}; there are {', '.join(OPTIMIZERS)}")
         function, default = OPTIMIZERS[optimizer]
         lr = default if lr is None else lr
         if not 0 < lr < math.inf:
@@ -146,9 +148,12 @@ def invert(
     evaluation is not a finite number.  The draws of a step depend on `seed` and the step's number alone, so a
     run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
     """
-    if batch_size < 1 or accumulate < 1 or not 0 <= span[0] < span[1] <= 1:
-        found = f"batch_size {batch_size}, accumulate {accumulate} and span {span}"
-        raise ValueError(f"{found}; expected at least 1, at least 1, and 0 <= low < high <= 1")
+    low, high = span
+    if not all(isinstance(number, int) for number in (steps, batch_size, seed, accumulate)):
+        raise TypeError("steps, batch_size, seed and accumulate are whole numbers")
+    if min(steps, batch_size, accumulate) < 1 or not 0 <= low < high <= 1:
+        found = f"steps {steps}, batch_size {batch_size}, accumulate {accumulate} and span {span}"
+        raise ValueError(f"{found}; expected at least 1 of each, and 0 <= low < high <= 1")
     compute = record_graph(partial(losses_and_gradients, model, state.concept.name))
     state.show(state.vectors)  # Ctrl-C may have come between a step and its show
     evaluate_on_time(model, state, examples, seed, span)
@@ -198,6 +203,7 @@ def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[
     Each process computes its share, in `accumulate` parts to save memory; all get the whole.
     """
     size = len(batch.x_0)
+    accumulate = min(accumulate, size)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     bounds = [size * i // (ranks * accumulate) for i in range(ranks * accumulate + 1)]
     own = bounds[rank * accumulate : (rank + 1) * accumulate + 1]  # where this process's parts begin and end
@@ -272,6 +278,8 @@ def _is_state(saved: Any, n: int, D: int) -> bool:
             all(tuple(x.shape) in allowed and x.dtype == torch.float32 for x, allowed in tensors)
             and len(tensors) >= (5 if step else 3)
             and log.shape == (step, 3)
+            and 0 <= len(evaluations) - step // EVALUATE_EVERY <= 1  # Ctrl-C may have come before the last
+            and len(evaluations) >= (step > 0)
             and all(isinstance(value, float) for value in (saved["scale"], *evaluations))
             and isinstance(saved["memory"].get("step", 0), int)
         )

@@ -12,6 +12,8 @@ from .concept import Concept
 from .diffusion import Schedule, copy_to, denoise, randn
 from .files.folder import DOWNLOAD, build, find_snapshot, read_clip, read_folder
 from .files.single import read_single_file
+from .files.tensors import explain_errors
+from .files.words import check_vectors
 from .graphs import record_graph
 from .networks.clip import CLIPText
 from .networks.ldmbert import LDMBert
@@ -60,17 +62,15 @@ class LatentDiffusion:
             raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
     def add_word(self, name: str, vectors: Tensor) -> Concept:
-        """Make a learned word usable in prompts: vectors (n, D) -> its Concept.  The only way in for a word.
+        """Make a learned word usable in prompts: vectors (n, D) or (D,) -> its Concept.  The only way in.
 
         ValueError if the vectors are not as wide as the model's, not finite or too many for a prompt, or the
         name is taken or cannot be a word.
         """
+        vectors = check_vectors(vectors, name, "add_word")
         width, shape = self.text.table.shape[1], tuple(vectors.shape)
-        if len(shape) != 2 or shape[1] != width:
+        if shape[1] != width or shape[0] > self.tokenizer.length - 2:
             raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
-        places = self.tokenizer.length - 2
-        if not 1 <= shape[0] <= places or not vectors.isfinite().all():
-            raise ValueError(f"{name!r} has {shape[0]} vectors, or NaN; expected 1 to {places} finite ones")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -99,7 +99,16 @@ class LatentDiffusion:
         return self._unet_graph(x_t, t, context)
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> mean and std (B, C, H/f, W/f) of scaled latents, fp32."""
+        """Images (B, 3, H, W) in [-1, 1] -> mean and std (B, C, H/f, W/f) of scaled latents, fp32.
+
+        ValueError for images of another shape, dtype or range.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            found = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images are {found}; expected floats of shape (B, 3, H, W)")
+        self.check_size(*images.shape[-2:])
+        if not images.abs().max() <= 1.01:  # true of NaN, too
+            raise ValueError("an image has values outside of [-1, 1]; make it by to_tensor")
         moments = self.vae.encode(images.to(self.device, self.dtype))
         mean, std = (part.float() * self.vae.config.scaling_factor for part in moments)
         return mean, std
@@ -110,8 +119,9 @@ class LatentDiffusion:
         return mean + std * randn(mean.shape, generator, mean)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, f h, f w) in [-1, 1]."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).clamp(-1, 1)
+        """Latents (B, C, h, w) -> images (B, 3, f h, f w) in [-1, 1], NaN where the network overflows."""
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype))
+        return torch.where(images.isfinite(), images.clamp(-1, 1), torch.nan)
 
 
 def load(
@@ -130,7 +140,9 @@ def load(
     FileNotFoundError where something is not there, ValueError where it is not what is supported.
     """
     path = Path(path)
-    if torch.device(device).type == "cpu" and dtype == torch.float16:
+    with explain_errors(device, "device of PyTorch", "take cpu, cuda or mps"):
+        device = torch.empty(0, device=device).device
+    if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("fp16 is for GPUs; on the CPU take torch.float32, or torch.bfloat16 to save memory")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype is {dtype}; it is torch.float32, bfloat16, float16 or float64")
@@ -140,7 +152,7 @@ def load(
         hint = "weights/README.md has a command for each public model, this one is Stable Diffusion 1.5's"
         raise FileNotFoundError(f"there is no model at {path}; {hint}: {DOWNLOAD}")
     parts = read_folder(path) if path.is_dir() else read_single_file(path, prediction)
-    folder = Path(tokenizer or parts.tokenizer)
+    folder = Path(parts.tokenizer if tokenizer is None else tokenizer)
     if not folder.is_dir():
         hint = "copy the model's tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
         raise FileNotFoundError(f"there is no vocabulary at {folder}, and the weights hold none; {hint}")
@@ -194,14 +206,18 @@ def sample(
     `model.decode`.  ValueError for a size, a sampler or steps that do not exist.
     """
     prompts = as_list(prompts)
-    if not math.isfinite(guidance):
+    if not math.isfinite(guidance := float(guidance)):
         raise ValueError(f"guidance is {guidance}; it must be a finite number")
+    channels, factor = model.unet.config.in_channels, model.vae.factor
     if x_T is None:
         size = model.size if size is None else size
         height, width = (size, size) if isinstance(size, int) else size
         model.check_size(height, width)
-        shape = (model.unet.config.in_channels, height // model.vae.factor, width // model.vae.factor)
-        x_T = randn((len(prompts), *shape), generator)
+        x_T = randn((len(prompts), channels, height // factor, width // factor), generator)
+    if x_T.shape[:-2] != (len(prompts), channels) or not x_T.isfinite().all():
+        found = f"of shape {tuple(x_T.shape)}, or not finite"
+        raise ValueError(f"x_T is {found}; expected ({len(prompts)}, {channels}, H, W)")
+    model.check_size(*(side * factor for side in x_T.shape[-2:]))
     # The state stays in fp32: its rounding would add up over the steps, while the networks' does not.
     x_T = x_T.to(model.device, torch.float32)
     context = model.encode_prompts(prompts)

@@ -32,8 +32,13 @@ BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # and all that can be joined
 
 
 def as_list(prompts: str | list[str]) -> list[str]:
-    """One prompt or several, as a list."""
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    """One prompt or several, as a list; TypeError for what is no text, ValueError for none."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise TypeError(f"a prompt is a string, not {type(other[0]).__name__}")
+    if not prompts:
+        raise ValueError("there is no prompt")
+    return prompts
 
 
 class Tokenizer:
@@ -150,7 +155,7 @@ class Tokenizer:
             raise ValueError(f"{found}; give it another name (sample.py: --words NAME=PATH)")
         if unicodedata.normalize("NFC", word) in {unicodedata.normalize("NFC", w) for w in self.words}:
             raise ValueError(f"the learned word {word!r} is registered already; choose another name")
-        if n < 1:
+        if not n >= 1:
             raise ValueError(f"a learned word needs at least one id, got n={n}")
         first = self.vocab_size + sum(len(ids) for ids in self.words.values())
         self.words[word] = list(range(first, first + n))

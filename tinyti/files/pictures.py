@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import unicodedata
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ NOT_READ = [
 ]
 SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MOST_TEXT = 2**20  # bytes of a caption or of a file of templates
+MOST_LETTERS = 10_000  # of a caption or of a text in the command line; a prompt has room for 75 tokens
 
 # What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
 DAMAGED = (
@@ -84,9 +86,12 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
     is no text, or a mask that fits no picture.
     """
     folder = Path(folder)
+    if not size >= 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
     if not folder.exists():
         raise FileNotFoundError(f"No such folder: {folder}; give a folder with a few pictures of one thing")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    entries = list(folder.iterdir()) if folder.is_dir() else [folder]
+    entries.sort(key=lambda entry: (unicodedata.normalize("NFC", entry.name), entry.name))
     files = [entry for entry in entries if not entry.is_dir()]
     masks = {file.stem.removesuffix(".mask"): file for file in files if file.stem.endswith(".mask")}
     files = [file for file in files if file not in masks.values()]
@@ -104,6 +109,8 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
         else:
             caption = file.with_suffix(".txt")
             text = " ".join(read_text(caption).split()) if caption.is_file() else ""
+            if len(text) > MOST_LETTERS:
+                raise ValueError(f"{caption}: {len(text):,} letters; a prompt has room for 75 tokens")
             mask = read_mask(file, picture, alpha, masks.get(file.stem), size)
             if (cut := 1 - min(picture.size) / max(picture.size)) > 0.5:
                 passed_over.append(one_line(f"{cut:.0%} of {file.name}, outside of its middle square"))
@@ -220,7 +227,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """The middle square of an RGB image, resized (bicubic, antialiased): (3, size, size) in [-1, 1]."""
+    """The middle square of an RGB image, resized (bicubic, antialiased): (3, size, size) in [-1, 1].
+
+    ValueError for a picture of another mode, or without pixels.
+    """
+    if image.mode != "RGB" or 0 in image.size:
+        raise ValueError(f"a picture of mode {image.mode} and size {image.size}; expected RGB, by to_rgb")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))  # resize(box=...) would mix in what is outside
@@ -230,6 +242,9 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """The way back: (3, H, W), values outside [-1, 1] clipped; FloatingPointError for NaN and infinity."""
+    if pixels.ndim != 3 or len(pixels) != 3 or not pixels.is_floating_point():
+        found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
+        raise ValueError(f"a picture is floats of shape (3, H, W), not {found}")
     pixels = pixels.detach().float().cpu()
     if not pixels.isfinite().all():
         hint = "compute in fp32 or bf16, lower the guidance, or check the weights and the words"

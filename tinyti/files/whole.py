@@ -4,9 +4,11 @@ import io
 import os
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 TEMPORARY = ".tinyti-*.tmp"  # what a killed process may leave behind
@@ -29,14 +31,15 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
     temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
     # O_EXCL opens no file that is there and follows no link: nobody else can know or prepare the name.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() and not path.is_symlink() else None
     try:
-        with open(handle, "wb") as file:
+        with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
             file.write(stream.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if path.is_file() and not path.is_symlink():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        if mode is not None:
+            with suppress(OSError):  # some file systems have no modes
+                os.chmod(temporary, mode)
         _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,6 +53,26 @@ def _replace(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(wait)
     os.replace(source, target)
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """A folder to write into during the block, made if it is not there; OSError if it cannot be written to.
+
+    Of the folders that were made, those that are empty at the end are removed.
+    """
+    made = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # before the work, not after it
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written to ({error}); take another --out") from None
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -13,16 +13,16 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from ..files.hub import find_model
+from ..files.pictures import MOST_LETTERS
 from ..files.tensors import one_line
 from ..model import LatentDiffusion, load
 from .miniature import TINY
-
-MOST_LETTERS = 10_000  # of a text in the command line; a prompt has room for 75 tokens
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,6 +125,8 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
     is_cuda = name.startswith("cuda")
     if is_cuda and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if is_cuda and 0 < count["cuda"] < (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        raise ValueError(f"torchrun has started {ranks} processes for {count['cuda']} GPUs; start one each")
     if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
         raise ValueError(
             f"--device {device!r} is not on this machine, but {', '.join(there)}; "
@@ -187,13 +189,11 @@ class Tolerant:
 
     def __init__(self, stream):
         self.stream = stream
-        with suppress(
-            AttributeError, ValueError, OSError
-        ):  # a terminal or file in latin-1 must not end a run
-            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"  # a terminal may know latin-1 only
+        written = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._try(lambda: self.stream.write(written))
         return len(text)
 
     def flush(self) -> None:
@@ -208,11 +208,12 @@ class Tolerant:
     def _try(self, action):
         try:
             return action() if self.stream is not None else None
-        except (OSError, ValueError):  # full, closed by its reader, or closed by us
-            with suppress(Exception):  # or Python would complain of the same at its end
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self.stream.fileno())
-                os.close(null)
+        except (OSError, ValueError):  # full, closed by its reader, or closed here
+            if self.stream in (sys.__stdout__, sys.__stderr__):
+                with suppress(OSError, ValueError):  # or Python would complain of the same at its end
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, self.stream.fileno())
+                    os.close(null)
 
 
 @contextmanager
@@ -273,6 +274,16 @@ def run_program(program: str, function: Callable[[], int]) -> int:
                 raise
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return status
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """End the process with the status of main(); from then on Ctrl-C changes nothing."""
+    try:
+        status = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # after the last line
+        status = 130
+    sys.exit(status)
 
 
 def explain_runtime_error(error: Exception) -> str | None:

@@ -1,15 +1,13 @@
 """A run on disk: one file that is the run, written whole or not at all, and the files that show it."""
 
 import hashlib
-import io
 import json
 import os
 import re
-import tempfile
 import time
 import unicodedata
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..files.pictures import Photo, to_image
-from ..files.whole import atomic_write, remove_temporaries
+from ..files.tensors import unpickle
+from ..files.whole import atomic_write, remove_temporaries, writable_folder
 from ..files.words import write_words
 from ..inversion import EVALUATE_EVERY, OPTIMIZERS, Inversion
 from ..model import LatentDiffusion, sample
@@ -25,7 +24,7 @@ from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
 from .sheet import add_curve, draw_sheet
 
-FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
+FORMAT = b"tinyti run 2"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
 FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
 MOST_STATE_BYTES = 2 * 2**30  # of a state.pt
@@ -77,8 +76,7 @@ class Run:
             raise ValueError(f"--preview {without[0]!r} is without the word {args.token}; write {{}} for it")
         self.ceiling = None  # what the autoencoder leaves of the photos: no word can draw them better
         self.rows = {}  # the pictures of them, drawn when they are first shown
-        self.handle = None  # of the locked folder
-        self.created = []  # the folders that this run has made
+        self.stack = ExitStack()  # the folder, locked
         self.saved_step = None  # of the state.pt that is there
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.problem = None  # with the sheet of pictures
@@ -104,78 +102,69 @@ class Run:
         if not file.is_file():
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
         saved = read_state(file)
-        before, now = (self._meaning(settings) for settings in (saved["settings"], self.settings))
-        changed = [name for name in now if name in before and before[name] != now[name]]
-        if changed:
-            other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
-            raise ValueError(f"--resume: {self.folder} was begun with other settings: {other}")
-        if difference := compare_fingerprints(saved.get("fingerprint"), self.fingerprint):
-            raise ValueError(f"--resume: {difference} than before; take --force to begin anew")
         try:
-            self.state.load_state_dict(saved["word"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+            difference = self._compare(saved["settings"], saved["fingerprint"])
+            if difference is None:
+                previews = saved["previews"].items()
+                if any(vectors.shape != self.state.start.shape for _, vectors in previews):
+                    raise ValueError
+                self.state.load_state_dict(saved["word"])
+                self.previews = {int(step): vectors.to(self.model.device) for step, vectors in previews}
+        except Exception:  # what others have written into it raises almost anything
             raise _damaged(file) from None
-        self.previews = {step: vectors.to(self.model.device) for step, vectors in saved["previews"].items()}
+        if difference is not None:
+            raise ValueError(f"--resume: {difference}")
         self.saved_step = self.state.step
+
+    def _compare(self, settings: dict, fingerprint: dict) -> str | None:
+        """What is another than in a saved run, in a line; None if it is the same run."""
+        before, now = self._meaning(settings), self._meaning(self.settings)
+        if changed := [name for name in now if before[name] != now[name]]:
+            other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
+            return f"{self.folder} was begun with other settings: {other}"
+        if difference := compare_fingerprints(fingerprint, self.fingerprint):
+            return f"{difference} than before; take --force to begin anew"
+        return None
 
     def _meaning(self, settings: dict) -> dict:
         """Settings as they are meant: defaults filled in, one spelling for a name."""
-        meant = {name: value for name, value in settings.items() if name not in BY_CONTENT}
         defaults = {
-            "lr": OPTIMIZERS.get(settings.get("optimizer"), (None, None))[1],
+            "lr": OPTIMIZERS[settings["optimizer"]][1],
             "size": self.model.size,
-            "clip_skip": 1,
             "prediction": self.model.schedule.prediction_type,
         }
-        for name, default in defaults.items():
-            if meant.get(name) is None:
-                meant[name] = default
-        if meant.get("precision") is None:
-            meant["precision"] = pick_device(self.args.device)[1]
-        else:
-            meant["precision"] = pick_device("cpu", meant["precision"])[1]
-        meant["token"] = unicodedata.normalize("NFC", str(meant.get("token")))
+        meant = {name: value for name, value in settings.items() if name not in BY_CONTENT}
+        meant |= {name: default for name, default in defaults.items() if settings[name] is None}
+        meant["precision"] = pick_device(self.args.device, settings["precision"])[1]
+        meant["token"] = unicodedata.normalize("NFC", settings["token"])
         return meant
 
     def __enter__(self):
-        for folder in (self.folder, *self.folder.parents):
-            if folder.exists():
-                break
-            self.created.append(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:  # which undoes all if one fails
+            stack.enter_context(writable_folder(self.folder))
+            self._lock(stack)
+            remove_temporaries(self.folder)
+            self.stack = stack.pop_all()
+        return self
+
+    def _lock(self, stack):
+        """Keep other runs out of the folder until the stack is closed; ValueError if one is there."""
         with suppress(ImportError):
             import fcntl  # not on Windows, where nothing keeps two runs apart
 
-            self.handle = os.open(self.folder, os.O_RDONLY)  # the system closes it, however the process ends
+            handle = os.open(self.folder, os.O_RDONLY)  # the system closes it, however the process ends
+            stack.callback(os.close, handle)
             try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                os.close(self.handle)
                 raise ValueError(f"another run is writing into {self.folder}; take another --out") from None
-        remove_temporaries(self.folder)
-        try:
-            tempfile.TemporaryFile(dir=self.folder).close()  # before the first step, not after the last
-        except OSError as error:
-            self._remove_created()
-            raise OSError(f"{self.folder} cannot be written to ({error}); take another --out") from None
-        return self
 
     def __exit__(self, kind, error, traceback):
-        try:
+        with self.stack:
             ended = kind is not None and issubclass(kind, KeyboardInterrupt)
             if ended and self.state.step and self.state.is_finite():
                 self.save(draw=False)
                 raise kind(f"interrupted; step {self.state.step} is saved, --resume goes on") from None
-        finally:
-            if self.handle is not None:
-                os.close(self.handle)
-            self._remove_created()
-
-    def _remove_created(self):
-        """Remove the folders that this run has made, if nothing has been written."""
-        with suppress(OSError):
-            for folder in self.created:
-                folder.rmdir()
 
     def keep(self) -> None:
         """After each step: remember what is to be shown of it, and save every so often."""
@@ -217,7 +206,7 @@ class Run:
 
     def _save_sheet(self, last):
         """Write progress.png; it only shows the run, so what goes wrong with it does not end the run."""
-        self.problem = None
+        before, self.problem = self.problem, None
         try:
             sheet = self.progress(last)
             with atomic_write(self.folder / "progress.png") as file:
@@ -225,7 +214,8 @@ class Run:
                 sheet.save(file, format="PNG", compress_level=1)
         except (OSError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
             self.problem = error
-            say(f"progress.png was not written: {error}")
+            if str(error) != str(before):  # said once
+                say(f"progress.png was not written: {error}")
 
     def _remember(self):
         if self.state.step in PREVIEW_STEPS:
@@ -266,6 +256,7 @@ def preview_prompts(args) -> tuple[str, ...]:
 
 def folder_name(token: str) -> str:
     """A name for a word's folder, of at most 100 bytes, that every file system takes."""
+    token = unicodedata.normalize("NFC", token)
     name = re.sub(r"[^\w-]", "", token) or "-".join(f"u{ord(c):x}" for c in token)
     if len(name.encode()) > 100:
         digest = hashlib.sha256(token.encode()).hexdigest()[:8]
@@ -276,10 +267,11 @@ def folder_name(token: str) -> str:
 def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> dict:
     """What tells a model, photos and templates from others, whatever their paths are.
 
-    A model is told by its tensors' names and shapes and four numbers of each.  A photo is told by its file's
-    bytes and, if these differ, by its pixels and its caption.
+    A model is told by its vocabulary, its schedule, its tensors' names and shapes and four numbers of each.
+    A photo is told by its file's bytes and, if these differ, by its pixels and its caption.
     """
-    names, samples = hashlib.sha256(), []
+    vocabulary = sorted(model.tokenizer.core.get_vocab().items())
+    names, samples = hashlib.sha256(ascii([vocabulary, model.schedule]).encode()), []
     for part in (model.unet, model.vae, model.text):
         for name, tensor in part.state_dict().items():
             names.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -288,7 +280,7 @@ def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> 
     return {
         "model": names.hexdigest(),
         "samples": torch.cat(samples).cpu(),
-        "photos": {photo.file.name: _digest_photo(photo) for photo in photos},
+        "photos": {unicodedata.normalize("NFC", photo.file.name): _digest_photo(photo) for photo in photos},
         "templates": hashlib.sha256("\n".join(templates).encode()).hexdigest(),
     }
 
@@ -302,14 +294,12 @@ def _digest_photo(photo):
     return [hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels).hexdigest()]
 
 
-def compare_fingerprints(before: dict | None, now: dict) -> str | None:
-    """What is another than before, as the beginning of a sentence; None if nothing is known to be."""
-    if before is None:  # of an earlier version
-        return None
+def compare_fingerprints(before: dict, now: dict) -> str | None:
+    """What is another than before, as the beginning of a sentence; None if nothing is."""
     samples = before["samples"], now["samples"]
     is_same = before["model"] == now["model"]  # in names and shapes
     # Rounding to bf16 or fp16, on another device, is no difference.
-    if not is_same or not torch.allclose(*samples, rtol=5e-3, atol=1e-4):
+    if not is_same or not torch.allclose(*samples, rtol=5e-3, atol=1e-4, equal_nan=True):
         return "the model (--weights) is another one"
     if before["templates"] != now["templates"]:
         return "the prompts (--templates) are others"
@@ -341,13 +331,9 @@ def read_state(file: Path) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            saved = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        vectors = saved["previews"].values()
-        if not isinstance(saved["settings"], dict) or not all(map(torch.is_tensor, vectors)):
-            raise TypeError
+            return unpickle(data[:-32])
     except Exception:  # a damaged pickle raises almost anything
         raise _damaged(file) from None
-    return saved
 
 
 def _damaged(file):
