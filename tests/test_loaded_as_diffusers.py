@@ -367,12 +367,12 @@ def test_pictures_with_the_file_of_sd15(miniature, sampler, tmp_path):
 def test_pictures_with_the_file_of_sd21(sd2, sampler, tmp_path):
     sd2.copy(tmp_path / "m", "scheduler")
     ours = tinyti.load(settings_file(tmp_path / "m", SCHEDULER, {}, SCHEDULERS["sd21"]))
-    compare_at((10, 20), sd2.theirs, ours, SCHEDULERS["sd21"], sampler)
+    compare_at((10,), sd2.theirs, ours, SCHEDULERS["sd21"], sampler)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_pictures_with_the_miniatures_own_file(miniature, model, sampler):
-    compare_at((10, 20), miniature, model, json.loads((TINY / SCHEDULER).read_text()), sampler)
+    compare_at((10,), miniature, model, json.loads((TINY / SCHEDULER).read_text()), sampler)
 
 
 @pytest.mark.parametrize("row", [*SILENT, "clip_sample"])
@@ -394,7 +394,7 @@ def test_zero_terminal_snr(miniature, sampler, tmp_path):
     assert relative_error(theirs.add_noise(x_0, eps, t), schedule.add_noise(x_0, eps, t)) <= 1e-6
     assert relative_error(theirs.get_velocity(x_0, eps, t), schedule.target(x_0, eps, t)) <= 1e-6
     assert torch.equal(schedule.add_noise(x_0, eps, t)[2], eps[2])  # nothing of the picture is left
-    compare_at((10, 20), miniature, ours, raw, sampler)
+    compare_at((10,), miniature, ours, raw, sampler)
 
 
 # -- networks ------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_shards_as_diffusers_writes_them(miniature, model, variant, tmp_path):
     half = variant and torch.float16
     unet = TheirUNet.from_pretrained(TINY / "unet", local_files_only=True, dtype=half or torch.float32)
     folder = linked(tmp_path / "m")
-    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    shutil.rmtree(folder / "unet")  # they write through links
     unet.save_pretrained(folder / "unet", max_shard_size="3MB", variant=variant)
     shards = sorted(path.name for path in (folder / "unet").glob("*.safetensors"))
     assert len(shards) > 1 and all(("fp16" in name) == bool(variant) for name in shards)
@@ -665,7 +665,7 @@ def test_single_files_are_told_by_their_bytes(sd1, form, tmp_path):
     for name in NAMES:
         os.replace(source, tmp_path / name)
         assert read_tensors(tmp_path / name).keys() == sd1.original.keys(), name
-        if name in ("m.SAFETENSORS", "m.ckpt"):
+        if name == "m.SAFETENSORS":
             assert_same_weights(tinyti.load(tmp_path / name, tokenizer=sd1.tokenizer), sd1.ours)
         os.replace(tmp_path / name, source)
 
