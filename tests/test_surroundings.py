@@ -22,6 +22,7 @@ from tinyti import convert
 from tinyti.files.whole import atomic_write
 from tinyti.files.words import write_words
 from tinyti.programs import cli, run
+from tinyti.programs.run import FILES
 
 from .conftest import CONCEPTS, ROOT, refuses, tree
 
@@ -86,7 +87,7 @@ def broken_pipe():
 STREAMS = {
     "None": lambda: None,
     "closed": closed,
-    "full": lambda: open("/dev/full", "w"),
+    "full": lambda: open("/dev/full", "w"),  # noqa: SIM115
     "broken pipe": broken_pipe,
     "gone": lambda: Failing(OSError(5, "Input/output error")),
     "ASCII": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),
@@ -177,7 +178,8 @@ def end_by(process, number, after):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_signal_at_any_moment_costs_nothing(seed, unbroken, tmp_path):
     number, status = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][seed % 2]
-    flags, out = [*RUN, "--steps", "30", "--save-every", "7", "--out", tmp_path / "a" / "S"], tmp_path / "a" / "S"
+    out = tmp_path / "a" / "S"
+    flags = [*RUN, "--steps", "30", "--save-every", "7", "--out", out]
     moment = random.Random(seed).uniform(0.2, 4)
     found, lines = end_by(start("train", *flags), number, moment)
     if found in (0, 1):  # it was ready before
@@ -242,7 +244,7 @@ def test_main_runs_in_a_thread(word, tmp_path):
 # Files of others
 
 
-LINKS = [".state.pt.tmp", ".learned_embeds.safetensors.tmp", ".grid.png.tmp", ".tinyti-0.tmp", ".tinyti-x.tmp"]
+LINKS = [".state.pt.tmp", ".learned_embeds.safetensors.tmp", ".grid.png.tmp", ".tinyti-0.tmp"]
 
 
 def test_a_prepared_link_overwrites_nothing(unbroken, word, tmp_path):
@@ -293,7 +295,7 @@ def test_a_file_keeps_its_mode_and_any_name(name, mode, tmp_path):
     assert file.stat().st_size == 300_000 and list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("name", ["settings.json", "log.csv", "progress.png", "state.pt", "learned_embeds.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_a_file_of_the_users_is_replaced_with_force_only(name, kind, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("own")
