@@ -24,7 +24,7 @@ from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
 from .sheet import add_curve, draw_sheet
 
-FORMAT = b"tinyti run 2"  # a change of what state.pt holds is a change of this
+FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
 WORD_FILE = "learned_embeds.safetensors"
 FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
 MOST_STATE_BYTES = 2 * 2**30  # of a state.pt
@@ -103,7 +103,7 @@ class Run:
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
         saved = read_state(file)
         try:
-            difference = self._compare(saved["settings"], saved["fingerprint"])
+            difference = self._compare(saved["settings"], saved.get("fingerprint"))
             if difference is None:
                 previews = saved["previews"].items()
                 if any(vectors.shape != self.state.start.shape for _, vectors in previews):
@@ -116,18 +116,20 @@ class Run:
             raise ValueError(f"--resume: {difference}")
         self.saved_step = self.state.step
 
-    def _compare(self, settings: dict, fingerprint: dict) -> str | None:
+    def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
         """What is another than in a saved run, in a line; None if it is the same run."""
         before, now = self._meaning(settings), self._meaning(self.settings)
         if changed := [name for name in now if before[name] != now[name]]:
             other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
             return f"{self.folder} was begun with other settings: {other}"
-        if difference := compare_fingerprints(fingerprint, self.fingerprint):
-            return f"{difference} than before; take --force to begin anew"
-        return None
+        if fingerprint is None:  # of an earlier version
+            return None
+        difference = compare_fingerprints(fingerprint, self.fingerprint)
+        return difference and f"{difference} than before; take --force to begin anew"
 
     def _meaning(self, settings: dict) -> dict:
         """Settings as they are meant: defaults filled in, one spelling for a name."""
+        settings = {"clip_skip": 1} | settings  # earlier versions had no such flag
         defaults = {
             "lr": OPTIMIZERS[settings["optimizer"]][1],
             "size": self.model.size,
@@ -286,11 +288,10 @@ def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> 
 
 
 def _digest_photo(photo):
-    pixels = photo.pixels.numpy().tobytes() + (photo.caption or "").encode()
-    if photo.mask is not None:
-        pixels += photo.mask.numpy().tobytes()
     caption = photo.file.with_suffix(".txt")
-    data = photo.file.read_bytes() + (caption.read_bytes() if caption.is_file() else b"")
+    mask = b"" if photo.mask is None else photo.mask.numpy().tobytes()
+    data = photo.file.read_bytes() + (caption.read_bytes() if caption.is_file() else b"") + mask
+    pixels = photo.pixels.numpy().tobytes() + (photo.caption or "").encode() + mask
     return [hashlib.sha256(data).hexdigest(), hashlib.sha256(pixels).hexdigest()]
 
 
