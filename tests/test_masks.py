@@ -16,6 +16,13 @@ from tinyti.inversion import evaluate, losses
 from .conftest import CONCEPTS, seeded
 
 
+@pytest.fixture(autouse=True)
+def word(model):
+    """S* is a word of the model."""
+    if "S*" not in model.concepts:
+        model.add_word("S*", model.text.table[:1])
+
+
 def cutout(size=64, left=20, exif=None):
     """A picture with a transparent ground, opaque from column `left` on."""
     pixels = np.full((size, size, 4), 255, np.uint8)
@@ -86,9 +93,6 @@ def test_the_loss_is_the_weighted_mean(model, monkeypatch):
 
 
 def test_batches_and_the_fixed_evaluation_are_weighted(tmp_path, model):
-    model.tokenizer.words.clear()
-    model.concepts.clear()
-    model.add_word("S*", model.text.table[:1])
     cutout().save(tmp_path / "a.png")
     photos, _ = read_photos(tmp_path, 64)
     masked = make_examples(model, "S*", photos, OBJECT_TEMPLATES)

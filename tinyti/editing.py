@@ -155,7 +155,8 @@ def attention_maps(
     if without := [prompt for prompt, found in zip(prompts, at_word.any(dim=1)) if not found]:
         raise ValueError(f"{word!r} does not stand in the prompt {without[0]!r}")
     size = (model.size, model.size) if size is None else size
-    model.check_size(*size)
+    if not all(isinstance(side, int) and 1 <= side <= 4096 for side in size):
+        raise ValueError(f"size is {size}; it is a height and a width in pixels")
     heat = torch.zeros(len(prompts), *size, device=model.device, dtype=torch.float32)
     shapes, hooks = [], []
 
