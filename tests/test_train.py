@@ -90,8 +90,9 @@ def test_progress_shows_the_pictures_the_path_and_the_word(tmp_path, monkeypatch
     monkeypatch.setattr(train_py.Run, "pictures", PICTURES)
     train(*RUN, "--out", tmp_path, "--steps", "2", "--lr", "0.1")
     sheet = np.asarray(Image.open(tmp_path / "progress.png").convert("RGB")).astype(int)
-    rows = sheet[: 3 * 132].reshape(3, 132, -1)
-    assert abs(rows[0] - rows[1]).mean() > 1 and abs(rows[1] - rows[2]).mean() > 0.1
+    photos, copy, start, word = sheet[: 4 * 132].reshape(4, 132, -1)
+    assert 0.1 < abs(photos - copy)[:, 130 * 3 :].mean() < 10  # the autoencoder's copy of the photos
+    assert abs(photos - start).mean() > 1 and abs(start - word).mean() > 0.1
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(word, tmp_path):
