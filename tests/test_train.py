@@ -91,8 +91,8 @@ def test_progress_shows_the_pictures_the_path_and_the_word(tmp_path, monkeypatch
     train(*RUN, "--out", tmp_path, "--steps", "2", "--lr", "0.1")
     sheet = np.asarray(Image.open(tmp_path / "progress.png").convert("RGB")).astype(int)
     photos, copy, start, word = sheet[: 4 * 132].reshape(4, 132, -1)
-    assert 0.1 < abs(photos - copy)[:, 130 * 3 :].mean() < 10  # the autoencoder's copy of the photos
-    assert abs(photos - start).mean() > 1 and abs(start - word).mean() > 0.1
+    assert 0.1 < abs(photos - copy).mean() < abs(photos - start).mean()  # the autoencoder's copy is near
+    assert abs(start - word).mean() > 0.1
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(word, tmp_path):
