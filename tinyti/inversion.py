@@ -123,7 +123,7 @@ class Inversion:
 
         ValueError for what is no state of such a word.
         """
-        if not _is_state(saved, *self.start.shape):
+        if not _is_state(saved, *self.start.shape, self.optimizer.func is whitened):
             raise ValueError(f"it is no state of vectors of shape {tuple(self.start.shape)}")
         saved = _to(saved, self.start.device)
         self.start, self.evaluations, self.log = saved["start"], [*saved["evaluations"]], [*saved["log"]]
@@ -267,21 +267,23 @@ def diagnose(state: Inversion) -> str | None:
     return None
 
 
-def _is_state(saved: Any, n: int, D: int) -> bool:
-    """Whether these are the values of a `state_dict` of n vectors of width D."""
-    memory = {"moment": [(n, D), (n, D, D)], "momentum": [(n, D)], "root": [(n, D, D)]}
+def _is_state(saved: Any, n: int, D: int, has_root: bool) -> bool:
+    """Whether these are the values of a `state_dict` of n vectors of width D, with such an optimizer."""
     try:
-        step, log, evaluations = saved["step"], saved["log"], saved["evaluations"]
-        tensors = [(saved[name], [(n, D)]) for name in ("start", "path", "word")]
-        tensors += [(x, memory[name]) for name, x in saved["memory"].items() if name != "step"]
+        step, memory, evaluations = saved["step"], saved["memory"], saved["evaluations"]
+        tensors = [(saved[name], (n, D)) for name in ("start", "path", "word")] + [(saved["log"], (step, 3))]
+        if memory:
+            tensors += [(memory["momentum"], (n, D)), (memory["moment"], (n, D, D)[: 2 + has_root])]
+            tensors += [(memory["root"], (n, D, D))] * has_root
         return (
-            all(tuple(x.shape) in allowed and x.dtype == torch.float32 for x, allowed in tensors)
-            and len(tensors) >= (5 if step else 3)
-            and log.shape == (step, 3)
-            and 0 <= len(evaluations) - step // EVALUATE_EVERY <= 1  # Ctrl-C may have come before the last
-            and len(evaluations) >= (step > 0)
-            and all(isinstance(value, float) for value in (saved["scale"], *evaluations))
-            and isinstance(saved["memory"].get("step", 0), int)
+            all(tuple(x.shape) == shape and x.dtype == torch.float32 for x, shape in tensors)
+            and all(x.layout == torch.strided and not x.is_meta for x, _ in tensors)
+            and all(isinstance(number, int) for number in (step, memory.get("step", 0)))
+            and (0 < memory["step"] <= step if memory else step == 0 or saved["scale"] > 1)
+            and 1 <= saved["scale"] < math.inf
+            and (step > 0) <= len(evaluations)
+            and 0 <= len(evaluations) - step // EVALUATE_EVERY <= 1  # Ctrl-C may come before one
+            and all(isinstance(value, float) for value in evaluations)
         )
     except (AttributeError, KeyError, TypeError):
         return False

@@ -72,6 +72,11 @@ class Tokenizer:
 
     @classmethod
     def _from_folder(cls, folder):
+        for file in (*folder.glob("*.json"), *folder.glob("*.txt")):  # CLIP's weights may lie beside them
+            if (size := file.stat().st_size) > MOST_VOCABULARY_BYTES:
+                raise ValueError(
+                    f"{file.name} has {size:,} bytes, expected at most {MOST_VOCABULARY_BYTES:,}"
+                )
         config = _settings(folder, "tokenizer_config.json") | _settings(folder, "special_tokens_map.json")
         core = _read_core(folder, config)
         is_clip = isinstance(core.model, models.BPE)
@@ -185,9 +190,6 @@ class Tokenizer:
 
 def _read_core(folder: Path, config: dict) -> Core:
     """The vocabulary of a folder, with the tokens that were added after its training."""
-    for file in folder.glob("*"):
-        if (size := file.stat().st_size) > MOST_VOCABULARY_BYTES:
-            raise ValueError(f"{file.name} has {size:,} bytes, expected at most {MOST_VOCABULARY_BYTES:,}")
     if (folder / "tokenizer.json").is_file():  # the whole
         steps = (_settings(folder, "tokenizer.json").get("normalizer") or {}).get("normalizers", [])
         if len(steps) > 8:  # each may double the length of a text

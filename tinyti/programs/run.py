@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..files.pictures import Photo, to_image
-from ..files.tensors import unpickle
+from ..files.tensors import one_line, unpickle
 from ..files.whole import atomic_write, remove_temporaries, writable_folder
-from ..files.words import write_words
+from ..files.words import check_vectors, write_words
 from ..inversion import EVALUATE_EVERY, OPTIMIZERS, Inversion
 from ..model import LatentDiffusion, sample
 from .cli import pick_device, say
@@ -105,15 +105,14 @@ class Run:
         try:
             difference = self._compare(saved["settings"], saved.get("fingerprint"))
             if difference is None:
-                previews = saved["previews"].items()
-                if any(vectors.shape != self.state.start.shape for _, vectors in previews):
-                    raise ValueError
                 self.state.load_state_dict(saved["word"])
-                self.previews = {int(step): vectors.to(self.model.device) for step, vectors in previews}
+                for step, vectors in saved["previews"].items():
+                    vectors = check_vectors(vectors, self.args.token, file)
+                    self.previews[int(step)] = vectors.to(self.state.start).view_as(self.state.start)
         except Exception:  # what others have written into it raises almost anything
             raise _damaged(file) from None
         if difference is not None:
-            raise ValueError(f"--resume: {difference}")
+            raise ValueError(one_line(f"--resume: {difference}"))
         self.saved_step = self.state.step
 
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
