@@ -225,7 +225,7 @@ REFUSED = {
     "strength is 1.5": lambda m, p: from_image(m, "a cat", p, strength=1.5),
     "leave a step": lambda m, p: from_image(m, "a cat", p, strength=0.1, steps=5),
     "30 × 64 pixels: this model takes multiples of 4": lambda m, p: from_image(m, "a cat", p[:, :30]),
-    "mask has 1×32×64 values, the image 3×64×64": lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)),
+    "mask has 1×32×64 values": lambda m, p: in_region(m, "a cat", p, torch.ones(1, 32, 64)),
     "steps is 2000": lambda m, p: ddim_invert(m, "a cat", p, steps=2000),
     "iterations is 0": lambda m, p: ddim_invert(m, "a cat", p, iterations=0),
     "black everywhere": lambda m, p: to_mask(Image.new("L", (9, 9)), 64),
