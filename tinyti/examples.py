@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from .diffusion import copy_to, randn
 from .files.pictures import Photo, read_text
+from .files.words import check_name
 from .model import LatentDiffusion
 
 
@@ -44,8 +45,7 @@ def make_examples(
         raise ValueError(
             f"{len(photos)} photos and the templates {templates!r:.100}; expected lists, not empty"
         )
-    if name not in model.concepts:
-        raise ValueError(f"{name!r:.80} is no word of this model; model.add_word makes it one")
+    check_name(name)
     masked = any(photo.mask is not None for photo in photos)
     moments, prompts, weights = [], [], []
     for photo in photos:  # one by one: a thousand of them would not fit into memory at once
@@ -61,7 +61,8 @@ def make_examples(
         else:
             prompts.append([fill_template(template, name, caption) for template in templates])
     for prompt in {prompt for lines in prompts for prompt in lines}:
-        if not model.tokenizer.has_word(prompt, name):
+        stands = model.tokenizer.has_word(prompt, name) if name in model.concepts else name in prompt
+        if not stands:
             raise ValueError(f"{name!r} does not stand alone in {prompt!r:.200}; templates have {{}}")
     mean, std = (torch.stack(part) for part in zip(*moments))
     return Examples(mean, std, prompts, torch.stack(weights).to(model.device) if masked else None)
