@@ -116,7 +116,7 @@ class Inversion:
         step, path, vectors, memory, scale = self.point
         log = torch.cat([self.start.new_zeros(0, 3), *(row[None] for row in self.log[: self.step])])
         saved = {"start": self.start, "path": path, "word": vectors, "memory": memory, "scale": scale}
-        return _to(saved | {"step": step, "evaluations": self.evaluations, "log": log}, "cpu")
+        return _to(saved | {"step": step, "evaluations": [*self.evaluations], "log": log}, "cpu")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
@@ -274,7 +274,7 @@ def _is_state(saved: Any, n: int, D: int, has_root: bool) -> bool:
         tensors = [(saved[name], (n, D)) for name in ("start", "path", "word")] + [(saved["log"], (step, 3))]
         if memory:
             tensors += [(memory["momentum"], (n, D)), (memory["moment"], (n, D, D)[: 2 + has_root])]
-            tensors += [(memory["root"], (n, D, D))] * has_root
+            tensors += [(memory["root"], (n, D, D))] if has_root else []
         return (
             all(tuple(x.shape) == shape and x.dtype == torch.float32 for x, shape in tensors)
             and all(x.layout == torch.strided and not x.is_meta for x, _ in tensors)
