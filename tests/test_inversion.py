@@ -28,6 +28,7 @@ def on_gpu(test):
 
 
 def examples_of(model):
+    begin(model)  # examples are of a word
     photos, _ = read_photos(CONCEPTS / "cat", SIZE)
     return make_examples(model, "S*", photos, OBJECT_TEMPLATES)
 

@@ -160,6 +160,7 @@ class Door:
 
     def __init__(self, begun):
         self.args = train_py.arguments([*flags(begun), "--resume"])
+        self.args.vectors = 1  # as train.py finds out
         self.photos, _ = read_photos(begun / "cat", 16)
         self.model = load(TINY)
         self.concept = self.model.add_word("é*", Concept.initial(self.model.text.table.mean(0, keepdim=True)))

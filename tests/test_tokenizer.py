@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_truncation_keeps_the_end(tokenizer):
     assert torch.equal(ids[0], ids[1])
     first = tokenizer.add("S*", n=2)
     assert tokenizer("S* " * 38)[0, -3:].tolist() == [first[1], first[0], tokenizer.end]
-    assert tokenizer([]).shape == (0, 77) and tokenizer([]).dtype == torch.long
+    with pytest.raises(ValueError, match="no prompt"):
+        tokenizer([])
 
 
 # ⟦…⟧ marks what has to be found; all that is not marked has to be tokenised as if no word had been learned.
@@ -225,7 +227,7 @@ FOUND = [
     ("\U0001f1fa\U0001f1f8", "⟦\U0001f1fa\U0001f1f8⟧ \U0001f1e6\U0001f1fa\U0001f1f8\U0001f1ea"),
     ("חתול", "⟦חתול⟧, (⟦חתול⟧) החתול חתולים חתוּל חתול\u05b8 ⟦חתול⟧"),
     ("बिल्ल", "बिल्ली ⟦बिल्ल⟧"),
-    ("Café", "⟦Café⟧ café Cafe\u0301 Cafés"),
+    ("Café", "⟦Café⟧ café ⟦Cafe\u0301⟧ Cafés"),
     ("<|endoftext|>", "a ⟦<|endoftext|>⟧ <|startoftext|>"),
     ("S*", ""),
 ]
@@ -238,8 +240,10 @@ def test_learned_words_are_found_where_they_stand_alone(folders, kind, words, ma
     for n, word in enumerate(words.split(), start=1):
         tokenizer.add(word, n)
     expected = []
+    added = tokenizer.words
+    forms = added | {unicodedata.normalize("NFD", word): ids for word, ids in added.items()}
     for piece in re.split("(⟦[^⟧]*⟧)", marked):
-        expected += tokenizer.words[piece[1:-1]] if piece.startswith("⟦") else base.encode(piece)
+        expected += forms[piece[1:-1]] if piece.startswith("⟦") else base.encode(piece)
     text = marked.replace("⟦", "").replace("⟧", "")
     assert tokenizer.encode(text) == expected
 

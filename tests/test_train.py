@@ -255,10 +255,12 @@ def test_other_files_and_subfolders_are_passed_over(tmp_path, capsys):
     shutil.copytree(CONCEPTS / "cat", images)
     (images / ".DS_Store").write_bytes(b"\0\1")
     (images / "broken.png").write_bytes((images / "01.png").read_bytes()[:300])
+    shutil.copytree(images / "heldout", images / "more" / "below")
     train(*RUN, "--images", images, "--out", tmp_path / "S", "--steps", "1")
     error = capsys.readouterr().err
     line = next(x for x in error.splitlines() if "passed over" in x)
-    assert ".DS_Store" in line and "broken.png" in line and "5 pictures in the subfolder heldout" in line
+    assert ".DS_Store" in line and "broken.png" in line and "5 pictures in the subfolder more" in line
+    assert "heldout" not in line
     assert "miniature knows" in error  # these pictures are not its own
 
 

@@ -478,9 +478,10 @@ def test_an_interrupt_leaves_the_old_file_and_a_killed_process_no_obstacle(tmp_p
         stream.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    (tmp_path / ".x.pt.tmp").write_bytes(b"half" * 10_000)
+    (tmp_path / ".tinyti-0.tmp").write_bytes(b"half" * 10_000)
     write_words(path, {"x": vectors(1)})
     expect(read_words(path), "x", vectors(1))
+    whole.remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 

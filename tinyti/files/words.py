@@ -55,7 +55,7 @@ def read_words(
     found = _find_words(_load(file), file, warn)
     if len(found) > MOST_WORDS:
         raise _refusal(file, f"{len(found):,} words", f"at most {MOST_WORDS:,} words")
-    words = {word: check_vectors(tensor, word, file) for word, tensor in found.items()}
+    words = {word: _check(tensor, word, file) for word, tensor in found.items()}
     widths = sorted({vectors.shape[1] for vectors in words.values()})
     if len(widths) > 1:
         raise _refusal(file, f"tensors of the widths {widths}")
@@ -84,7 +84,7 @@ def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
         check_name(word)
 
     # a clone, because torch.save would write out the whole table that a row is a view of
-    words = {word: check_vectors(tensor, word, path).clone() for word, tensor in words.items()}
+    words = {word: _check(tensor, word, path).clone() for word, tensor in words.items()}
     with atomic_write(path) as stream:
         if path.suffix == ".safetensors":
             tensors = {word: vectors[0] if len(vectors) == 1 else vectors for word, vectors in words.items()}
@@ -226,10 +226,15 @@ def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, 
     return {name if word == "*" else word: tensor for word, tensor in contents.items()}
 
 
-def check_vectors(tensor: Tensor, word: str, file: Path | str) -> Tensor:
-    """One word's vectors as (n, D), fp32, on the CPU, contiguous; ValueError, from `file`, for any others."""
+def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
+    """The vectors of a word that is a word: `check_vectors`."""
     if not _is_name(word):
         raise _refusal(file, f"the key {word!r}")
+    return check_vectors(tensor, word, file)
+
+
+def check_vectors(tensor: Tensor, word: str, file: Path | str) -> Tensor:
+    """One word's vectors as (n, D), fp32, on the CPU, contiguous; ValueError, from `file`, for any others."""
     if not isinstance(tensor, Tensor):
         raise _refusal(file, f"'{word}' of the type {type(tensor).__name__}")
     kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
