@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.testing import assert_close
 
 from tinyti.files import pictures
@@ -243,3 +243,40 @@ def test_folders_that_are_refused(tmp_path):
     marked().save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
         pictures.read_photos(tmp_path, 16)
+
+
+def test_photos_of_an_iphone(tmp_path, monkeypatch):
+    """Read where pillow-heif is installed, upright and white where it is clear; else told with a way out."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file, picture = tmp_path / "IMG_1.HEIC", marked((96, 64))
+    for orientation in range(1, 9):  # which the file's own rotation repeats, or not
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        pillow_heif.from_pillow(picture).save(file, quality=100, exif=exif.tobytes())
+        turn = pictures.ORIENTATION.get(orientation)
+        upright = picture if turn is None else picture.transpose(turn)
+        assert all(near(*pair, 20) for pair in zip(corners(pictures.read_image(file)), corners(upright)))
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.new("L", (96, 64), 0))
+    pillow_heif.from_pillow(clear).save(file, quality=100)
+    assert all(near(colour, WHITE) for colour in corners(pictures.read_image(file)))
+    whole = file.read_bytes()
+    for data in (whole[:-20], whole[:60], whole[: len(whole) // 2], whole[:12] + bytes(len(whole))):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"\A[^\n]*IMG_1.HEIC: [^\n]*\Z") as refusal:
+            pictures.read_image(file)
+        assert "pip install" not in str(refusal.value)
+    file.write_bytes(whole)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    with pytest.raises(ValueError, match="pip install pillow-heif, or export it as JPEG or PNG"):
+        pictures.read_image(file)
+
+
+def test_without_pillow_heif(tmp_path):
+    """The package can be imported, and says what is missing."""
+    (tmp_path / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    code = "import sys; sys.modules['pillow_heif'] = None; from tinyti.files.pictures import read_photos\n"
+    code += "try: read_photos(sys.argv[1], 16)\nexcept ValueError as error: print(error)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "IMG_1.heic: a HEIC photo; pip install pillow-heif" in ended.stdout

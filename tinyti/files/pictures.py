@@ -179,9 +179,12 @@ def read_cutout(file: str | Path) -> tuple[Image.Image, Image.Image | None]:
         with open(file, "rb") as stream:
             head = stream.read(64)
         kinds = [kind for offset, start, kind in NOT_READ if head[offset:].startswith(start)]
-        raise ValueError(f"{file}: {kinds[0] if kinds else 'not a picture'}") from error
+        kind = kinds[0] if kinds else "not a picture"
+        if "HEIC" in kind and "HEIF" in Image.OPEN:
+            kind = f"a HEIC photo, damaged or of a kind that pillow-heif does not read; {EXPORT}"
+        raise ValueError(f"{file}: {kind}") from error
     except DAMAGED as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+        raise ValueError(one_line(f"{file}: cannot be read ({error})")) from error
 
 
 def _open(file):
