@@ -2,6 +2,7 @@
 
 import functools
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from PIL import Image
 import tinyti
 from tinyti.programs import cli
 from tinyti.programs.run import Run
+
+# In the background of a shell Ctrl-C is ignored, and so it would be by every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
