@@ -16,7 +16,7 @@ import tinyti
 from tinyti.diffusion import SAMPLERS
 from tinyti.editing import attention_maps, from_image, in_region, overlay, paste, skipped_steps, to_mask
 from tinyti.files.hub import find_word
-from tinyti.files.pictures import read_image, read_text, to_image, to_tensor
+from tinyti.files.pictures import have_same_ratio, read_image, read_text, to_image, to_tensor
 from tinyti.files.whole import atomic_write, writable_folder
 from tinyti.files.words import read_words
 from tinyti.programs import cli
@@ -197,7 +197,7 @@ class Painter:
         self.walk = partial(from_image, image=image, strength=strength)
         if args.mask:
             mask = read_image(args.mask)
-            if abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
+            if not have_same_ratio(mask, picture):
                 found, expected = (f"{x.width} × {x.height} pixels" for x in (mask, picture))
                 hint = "their sides must have the same ratio"
                 raise ValueError(f"--mask has {found}, --image {expected}; {hint}")

@@ -135,13 +135,18 @@ def read_mask(file: Path, picture: Image.Image, alpha, mask_file: Path | None, s
     if mask_file is not None and alpha is not None:
         raise ValueError(f"{file} has transparency and a mask, {mask_file.name}; keep one of them")
     image, source = (alpha, file) if mask_file is None else (read_image(mask_file), mask_file)
-    if abs(image.width * picture.height / (image.height * picture.width) - 1) > 0.02:
+    if not have_same_ratio(image, picture):
         sides = (f"{x.width} × {x.height} pixels" for x in (image, picture))
         raise ValueError("{} has {}, its picture {}; the ratios must be equal".format(source, *sides))
     mask = (to_tensor(image.convert("RGB"), size).mean(dim=0, keepdim=True) + 1) / 2
     if not (mask > 0.05).any():
         raise ValueError(f"{source}: the mask is empty in the middle square; white is what is to be learned")
     return mask.clamp(0, 1)
+
+
+def have_same_ratio(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures have the same ratio of their sides, within 2 %."""
+    return abs(one.width * other.height / (one.height * other.width) - 1) <= 0.02
 
 
 def count_pictures(folder: Path) -> int:
