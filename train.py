@@ -42,7 +42,7 @@ def arguments(argv=None):
         "--init",
         type=text_type,
         metavar="WORDS",
-        help="where to start: words, or a learned word's file, folder or name; by default the mean word",
+        help="where to start: words, or a learned word's file, folder or name; by default nowhere",
     )
     add(
         "--vectors",
@@ -61,7 +61,7 @@ def arguments(argv=None):
     add("--size", type=number_type(1, 4096, int), help="pixels of a picture's side; by default the model's")
 
     add = parser.add_argument_group("how to learn it").add_argument
-    rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
+    angle, rate = (OPTIMIZERS[name][1] for name in ("whitened", "adam"))
     add("--steps", type=number_type(1, 10**6, int), default=STEPS, help="how many to take")
     add(
         "--batch-size", type=number_type(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs"
@@ -75,7 +75,8 @@ def arguments(argv=None):
     )
     add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
-    add("--lr", type=number_type(1e-30, 100), help=f"step per number; by default {rates}")
+    add("--angle", type=number_type(1e-6, 1.5), help=f"of a whitened step, in radians; by default {angle}")
+    add("--lr", type=number_type(1e-30, 100), help=f"learning rate of Adam; by default {rate}")
     add(
         "--timesteps",
         type=number_type(0, 1),
@@ -100,6 +101,12 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
     add("--force", action="store_true", help="replace a run that is there")
     args = parser.parse_args(argv)
+    if args.lr is not None and args.optimizer != "adam":
+        raise ValueError(
+            "--lr is Adam's learning rate; give a whitened step an --angle, or take --optimizer adam"
+        )
+    if args.angle is not None and args.optimizer != "whitened":
+        raise ValueError("--angle is a whitened step's; give Adam a learning rate, --lr")
     if not args.timesteps[0] < args.timesteps[1]:
         raise ValueError(f"--timesteps is {' '.join(map(str, args.timesteps))}; give the lower number first")
     if len(args.token) > 64:
@@ -134,7 +141,7 @@ def train(args, argv):
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
     check_templates(model, args.token, templates)
     check_prompts(model, concept, examples.prompts)
-    state = Inversion(model, concept, args.optimizer, args.lr)
+    state = Inversion(model, concept, args.optimizer, args.angle or args.lr)
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = {"initial": state.step, "unit": "step", "disable": not run}
     with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
@@ -183,15 +190,16 @@ def check_prompts(model, concept, prompts):
 
 
 def start_vectors(model, args):
-    """The vectors (n, D) that the word starts from: the vocabulary's mean, rows of it, or a learned word.
+    """The vectors (n, D) that the word starts from: zeros, rows of the vocabulary, or a learned word.
 
     ValueError for what is neither words of the vocabulary nor a learned word that fits.
     """
     table, words = model.text.table, (args.init or "").split()
     ids = [model.tokenizer.single(word) for word in words]
+    if not words:  # the first step finds a direction
+        return torch.zeros(args.vectors or 1, table.shape[1])
     if None not in ids:
-        rows = table[ids] if ids else table.mean(dim=0, keepdim=True)
-        return Concept.initial(rows, args.vectors or 1, args.seed)
+        return Concept.initial(table[ids], args.vectors or 1, args.seed)
     path = find_word(args.init, args.download) if is_name(args.init) else Path(args.init)
     if not path.exists():
         found = f"--init {words[ids.index(None)]!r} is no single word of the model's vocabulary"

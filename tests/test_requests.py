@@ -34,7 +34,7 @@ def test_a_word_begins_where_another_ended(tmp_path, capsys):
     assert train_py.main(first) == 0
     [ended] = read_words(tmp_path / "a").values()
     for how in (tmp_path / "a", tmp_path / "a" / "learned_embeds.safetensors"):
-        flags = [*CAT, "--token", "<b>", "--lr", "0.02", "--init", str(how), "--steps", "1"]
+        flags = [*CAT, "--token", "<b>", "--angle", "0.2", "--init", str(how), "--steps", "1"]
         train_py.main([*flags, "--out", str(tmp_path / "b"), "--force"])
         state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)["word"]
         assert torch.equal(state["start"], ended) and not torch.equal(state["word"], ended)

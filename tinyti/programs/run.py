@@ -117,6 +117,9 @@ class Run:
 
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
         """What is another than in a saved run, in a line; None if it is the same run."""
+        if settings["optimizer"] == "whitened" and "angle" not in settings:
+            found = "was begun by an earlier version, whose whitened steps were of another form"
+            return f"{self.folder} {found}; take --force to begin anew"
         before, now = self._meaning(settings), self._meaning(self.settings)
         if changed := [name for name in now if before[name] != now[name]]:
             other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
@@ -128,9 +131,10 @@ class Run:
 
     def _meaning(self, settings: dict) -> dict:
         """Settings as they are meant: defaults filled in, one spelling for a name."""
-        settings = {"clip_skip": 1} | settings  # earlier versions had no such flag
+        settings = {"clip_skip": 1, "angle": None} | settings  # earlier versions had no such flags
+        optimizer = settings["optimizer"]
         defaults = {
-            "lr": OPTIMIZERS[settings["optimizer"]][1],
+            "angle" if optimizer == "whitened" else "lr": OPTIMIZERS[optimizer][1],
             "size": self.model.size,
             "prediction": self.model.schedule.prediction_type,
         }
