@@ -231,7 +231,8 @@ def nouns(model):
     """The rows of fifty common nouns and colours, as far as the vocabulary has them: (N, D)."""
     words = """cat dog fish robot car boat house tree flower rabbit mushroom bird cup beach snow night meadow
         desert sea sun moon stars grass sand water sky hill cloud hat scarf eyes ears tail nose roof door
-        window wheels stem petals photo painting sketch picture drawing red blue green yellow pink white""".split()
+        window wheels stem petals photo painting sketch picture drawing red blue green pink
+        yellow white""".split()
     ids = [model.tokenizer.single(word) for word in words]
     return model.text.table[[id for id in ids if id is not None]]
 
