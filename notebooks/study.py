@@ -52,7 +52,7 @@ STYLE_EDITS = {  # the same for styles
     for thing in ("cat", "car", "house", "flower", "boat")
 }
 PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "meadow": "in a meadow"}
-KEYS = ("table", "setup", "set", "seed", "weights")
+KEYS = ("setup", "set", "seed", "weights")
 SCORES = ("to training", "to held-out", "the one", "clip-t", *EDITS, *STYLE_EDITS)
 SCORES += ("scene", "ground", "loss", "length")
 COLUMNS = (*KEYS, "commit", "cpu", *SCORES, "seconds")
@@ -65,7 +65,7 @@ class Data:
         about = SETS[name]
         self.model, self.name, self.noun = model, name, about["start"]
         self.description, self.caption = about["description"], about["caption"]
-        self.is_style = about["kind"] == "style"
+        self.is_style = is_style(name)
         folder = ROOT / "concepts" / name
         self.photos, self.unseen = (read_photos(part, model.size)[0] for part in (folder, folder / "heldout"))
 
@@ -89,6 +89,11 @@ class Data:
     def heldout(self):
         """Examples with S* that no word is learned from."""
         return make_examples(self.model, "S*", self.unseen, setups.templates(self))
+
+
+def is_style(name):
+    """Whether a set is of a style."""
+    return SETS[name]["kind"] == "style"
 
 
 def draw(model, prompts, seed, guidance=GUIDANCE, sampler="dpm++", steps=12):
@@ -220,11 +225,11 @@ def compute(args, table, file):
     for seed in args.seeds:
         for label, setup in TABLES[table].items():
             for name in args.sets or (PAPER_SETS if table == "paper" else SETS):
-                row = dict(zip(KEYS, (table, label, name, str(seed), weights)))
-                if tuple(row.values()) in there or label not in (args.only or [label]):
-                    continue
-                append_row(file, row | where | run(model, clip, setup, name, seed, args.count))
-                print(f"{table}: {label}: {name}, seed {seed}", flush=True)
+                row = dict(zip(KEYS, (label, name, str(seed), weights)))
+                is_wanted = label in (args.only or [label]) and not (setup.ground and is_style(name))
+                if is_wanted and tuple(row.values()) not in there:
+                    append_row(file, row | where | run(model, clip, setup, name, seed, args.count))
+                    print(f"{label}: {name}, seed {seed}", flush=True)
 
 
 # --- tables and figures ------------------------------------------------------------------------------------
@@ -275,8 +280,9 @@ def summary(rows, table):
     """{set-up: {column: (mean, deviation)} and "runs"} of a table."""
     scored = [row | {"obedience": value} for row, value in zip(rows, obedience(rows))]
     found = {}
+    sets = PAPER_SETS if table == "paper" else SETS
     for label in TABLES[table]:
-        group = [row for row in scored if row["table"] == table and row["setup"] == label]
+        group = [row for row in scored if row["setup"] == label and row["set"] in sets]
         found[label] = {"runs": len(group)}
         found[label] |= {column: spread(group, [row[column] for row in group]) for column in SHOWN}
     return found
@@ -354,8 +360,8 @@ def quick(args):
             print(markdown(read_rows(file), table))
 
 
-QUICK_SETTINGS = ["default", "step .15, cap 1"]
-QUICK_PAPER = [NOUN, "one word", "progressive, 2 words", "a word for each picture", "training pictures"]
+QUICK_SETTINGS = ["default"]
+QUICK_PAPER = [NOUN, "progressive, 2 words", "a word for each picture", "training pictures"]
 
 if __name__ == "__main__":
     main()
