@@ -180,16 +180,18 @@ def read_rows(file):
     """The rows of a file, as text; a row that a kill has cut is left out."""
     if not file.exists():
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        return [row for row in csv.DictReader(lines) if row["seconds"]]
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    return list(csv.DictReader(whole.splitlines()))
 
 
 def append_row(file, row):
     """Add a row to a file; numbers with four digits."""
-    is_new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as lines:
+    whole = file.read_bytes() if file.exists() else b""
+    with file.open("r+" if whole else "w", newline="", encoding="utf-8") as lines:
+        lines.seek(whole.rfind(b"\n") + 1)
+        lines.truncate()  # what a kill has cut
         writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        if is_new:
+        if not lines.tell():
             writer.writeheader()
         writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
