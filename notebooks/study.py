@@ -42,7 +42,7 @@ FILE = Path(__file__).with_suffix(".csv")
 BIAS_FILE = FILE.with_name("bias.csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 PAPER_SETS = ("cat", "robot", "mushroom", "blueprint")
-COUNT = 16  # pictures a prompt
+COUNT = 8  # pictures a prompt
 EDITS = {  # what a picture must show, as the probe reads it, to obey a prompt
     "scarf": ("a photo of a {} wearing a blue scarf", {"scarf": "blue"}),
     "hat": ("a photo of a {} wearing a hat", {"hat": True}),
@@ -59,7 +59,7 @@ KEYS = ("setup", "set", "seed", "weights")
 SCORES = ("to training", "to held-out", "the one", "clip-t", *EDITS, *STYLE_EDITS)
 SCORES += ("scene", "ground", "loss", "length")
 BIAS_COLUMNS = ("text", "seed", "cars", *world.COLOURS)
-COLUMNS = (*KEYS, "commit", "cpu", *SCORES, "seconds")
+COLUMNS = (*KEYS, "commit", "cpu", "count", *SCORES, "seconds")
 
 
 class Data:
@@ -165,7 +165,7 @@ def run(model, clip, setup, name, seed, count=COUNT):
     """Learn what a set-up learns from a set: {column: value} of SCORES."""
     data, began = Data(model, name), time.perf_counter()
     words = setup.learn(model, data, seed)
-    found = {"seconds": round(time.perf_counter() - began, 1)}
+    found = {"count": count, "seconds": round(time.perf_counter() - began, 1)}
     setups.forget(model)
     for word, vectors in words.items():
         model.add_word(word, vectors)
