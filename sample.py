@@ -45,49 +45,53 @@ def arguments(argv=None):
         type=path_type,
         default=[],
         metavar="[NAME=]PATH",
-        help="folders of train.py, or files of any kind in use; NAME= renames the word",
+        help="learned words: folders of train.py, files (textual inversion embeddings) or names on the hub; "
+        "NAME= renames a word",
     )
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
-    add("--negative", type=any_text_type, default="", metavar="PROMPT", help="what guidance leads away from")
+    add("--negative", type=any_text_type, default="", metavar="PROMPT", help="negative prompt, for guidance")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
     add(
         "--steps",
         type=number_type(1, 10**5, int),
         default=50,
-        help="more are slower and, up to a point, better",
+        metavar="N",
+        help="denoising steps",
     )
     add(
         "--guidance",
         type=number_type(0, 100),
-        help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
+        metavar="SCALE",
+        help="classifier-free guidance scale; up to 1 there is none; "
         f"by default {GUIDANCE:g} with the miniature, else 7.5",
     )
-    add("--eta", type=number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
+    add("--eta", type=number_type(0, 1), default=0.0, metavar="ETA", help="noise of ddim: 0 none, 1 as ddpm")
     add(
         "--size",
         type=number_type(1, 4096, int),
         nargs="+",
         metavar="PIXELS",
-        help="side, or height and width; by default what the model was trained on",
+        help="side, or height and width; by default the model's resolution",
     )
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
-    add("--image", type=path_type, metavar="FILE", help="picture to redraw, its middle square")
-    add("--mask", type=path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
+    add("--image", type=path_type, metavar="FILE", help="redraw this picture (its middle square)")
+    add("--mask", type=path_type, metavar="FILE", help="inpainting: redraw only where the mask is white")
     add(
         "--strength",
         type=number_type(0, 1),
-        help=f"share of the steps that --image goes through; by default {STRENGTH}",
+        metavar="SHARE",
+        help=f"part of the denoising steps that --image goes through; by default {STRENGTH}",
     )
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--count", type=number_type(1, 10**4, int), default=4, help="pictures per prompt")
-    add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
-    add("--attention", action="store_true", help="draw in attention.png where the learned words act")
-    add("--out", type=path_type, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
-    add("--force", action="store_true", help="replace pictures that are there")
+    add("--count", type=number_type(1, 10**4, int), default=4, metavar="N", help="pictures per prompt")
+    add("--seed", type=cli.SEED, default=0, metavar="N", help="seed of the first picture; then N + 1, ...")
+    add("--attention", action="store_true", help="draw the words' cross-attention, in attention.png")
+    add("--out", type=path_type, default="pictures", metavar="FOLDER", help="output folder")
+    add("--force", action="store_true", help="overwrite pictures in --out")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         raise ValueError(f"--size has {len(args.size)} numbers; give the side, or height and width")
@@ -104,7 +108,7 @@ def main(argv=None):
 def draw_pictures(args):
     """All pictures, a batch after another: -> exit status."""
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
-    files = [[picture_file(out, *prompt, seed) for seed in seeds] for prompt in enumerate(args.prompts, 1)]
+    files = [picture_files(out, *prompt, seeds) for prompt in enumerate(args.prompts, 1)]
     sheet, attention = out / "grid.png", out / "attention.png"
     refuse_to_replace([*chain(*files), sheet, *[attention] * args.attention], args.force)
 
@@ -222,10 +226,12 @@ class Painter:
         return [to_image(pixels) for pixels in drawn]
 
 
-def picture_file(folder, number, prompt, seed):
-    """Where a picture goes: folder/01-a-photo-of-S-0.png."""
-    words = "-".join(re.findall(r"\w+", prompt)).encode()[:120].decode(errors="ignore") or "picture"
-    return folder / f"{number:02}-{words}-{seed}.png"
+def picture_files(folder, number, prompt, seeds):
+    """Where a prompt's pictures go: folder/01-a-photo-of-S-0.png and so on, or folder/01.png if it is one."""
+    if len(seeds) == 1:
+        return [folder / f"{number:02}.png"]
+    words = "-".join(re.findall(r"\w+", prompt)).encode()[:40].decode(errors="ignore").strip("-") or "picture"
+    return [folder / f"{number:02}-{words}-{seed}.png" for seed in seeds]
 
 
 def add_words(model, entries, clip_skip, download):
