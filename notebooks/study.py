@@ -4,6 +4,7 @@
     python -m notebooks.study paper --only "2 words" --sets cat --seeds 0
     python -m notebooks.study paper --table                       # print what there is, as Markdown
     python -m notebooks.study paper --figure                      # likeness against obedience, Figure 10
+    python -m notebooks.study bias                                # colours of "car" and of a word from cars
     python -m notebooks.study --quick                             # a small part of all, in a temporary file
 
 The set-ups are in setups.py.  Each run appends a row to study.csv, so the study may be stopped at any time.
@@ -20,9 +21,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,9 +39,10 @@ from tinyti.programs.miniature import GUIDANCE, ROOT, TINY
 from weights.recipe import concepts, judge, probe, world
 
 FILE = Path(__file__).with_suffix(".csv")
+BIAS_FILE = FILE.with_name("bias.csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 PAPER_SETS = ("cat", "robot", "mushroom", "blueprint")
-COUNT = 16  # pictures a prompt
+COUNT = 8  # pictures a prompt
 EDITS = {  # what a picture must show, as the probe reads it, to obey a prompt
     "scarf": ("a photo of a {} wearing a blue scarf", {"scarf": "blue"}),
     "hat": ("a photo of a {} wearing a hat", {"hat": True}),
@@ -55,7 +58,8 @@ PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "
 KEYS = ("setup", "set", "seed", "weights")
 SCORES = ("to training", "to held-out", "the one", "clip-t", *EDITS, *STYLE_EDITS)
 SCORES += ("scene", "ground", "loss", "length")
-COLUMNS = (*KEYS, "commit", "cpu", *SCORES, "seconds")
+BIAS_COLUMNS = ("text", "seed", "cars", *world.COLOURS)
+COLUMNS = (*KEYS, "commit", "cpu", "count", *SCORES, "seconds")
 
 
 class Data:
@@ -161,7 +165,7 @@ def run(model, clip, setup, name, seed, count=COUNT):
     """Learn what a set-up learns from a set: {column: value} of SCORES."""
     data, began = Data(model, name), time.perf_counter()
     words = setup.learn(model, data, seed)
-    found = {"seconds": round(time.perf_counter() - began, 1)}
+    found = {"count": count, "seconds": round(time.perf_counter() - began, 1)}
     setups.forget(model)
     for word, vectors in words.items():
         model.add_word(word, vectors)
@@ -184,13 +188,13 @@ def read_rows(file):
     return list(csv.DictReader(whole.splitlines()))
 
 
-def append_row(file, row):
+def append_row(file, row, columns=COLUMNS):
     """Add a row to a file; numbers with four digits."""
     whole = file.read_bytes() if file.exists() else b""
     with file.open("r+" if whole else "w", newline="", encoding="utf-8") as lines:
         lines.seek(whole.rfind(b"\n") + 1)
         lines.truncate()  # what a kill has cut
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
         if not lines.tell():
             writer.writeheader()
         writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -232,6 +236,30 @@ def compute(args, table, file):
                 if is_wanted and tuple(row.values()) not in there:
                     append_row(file, row | where | run(model, clip, setup, name, seed, args.count))
                     print(f"{label}: {name}, seed {seed}", flush=True)
+
+
+def compute_bias(args, file):
+    """Append how many of 64 pictures have each colour, of "car" and of a word from `concepts/cars`.
+
+    The paper's section 4.4.  In the miniature's world every other car is red, on purpose.
+    """
+    model, there = tinyti.load(args.weights), read_rows(file)
+    photos = read_photos(ROOT / "concepts" / "cars", model.size)[0]
+    data = SimpleNamespace(name="cars", is_style=False, noun="car", photos=photos)
+    for seed in args.seeds:
+        for text in ("car", "S*"):
+            if any(row["text"] == text and row["seed"] == str(seed) for row in there):
+                continue
+            words = setups.learn(model, data, seed) if text == "S*" else {}
+            setups.forget(model)
+            for word, vectors in words.items():
+                model.add_word(word, vectors)
+            readings = probe.read(draw(model, 64 * [f"a photo of a {text}"], seed))
+            counts = Counter(reading.colour for reading in readings)
+            cars = sum(reading.thing == "car" for reading in readings)
+            colours = {colour: counts[colour] for colour in world.COLOURS}
+            append_row(file, {"text": text, "seed": seed, "cars": cars} | colours, BIAS_COLUMNS)
+            print(f"{text}, seed {seed}: {cars} cars, {counts['red']} red of 64", flush=True)
 
 
 # --- tables and figures ------------------------------------------------------------------------------------
@@ -330,7 +358,7 @@ NOUN = "coarse word"
 def main():
     """Compute what is missing, or show what there is."""
     parser = argparse.ArgumentParser(prog="python -m notebooks.study", description=__doc__.split("\n")[0])
-    parser.add_argument("table", choices=TABLES, nargs="?", default="paper")
+    parser.add_argument("table", choices=(*TABLES, "bias"), nargs="?", default="paper")
     parser.add_argument("--weights", type=Path, default=TINY, help="a model folder with a clip/ in it")
     parser.add_argument("--only", nargs="+", metavar="SETUP", help="some set-ups, as --table calls them")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="by default all, or the paper's four")
@@ -342,6 +370,8 @@ def main():
     args = parser.parse_args()
     if args.quick:
         return quick(args)
+    if args.table == "bias":
+        return compute_bias(args, BIAS_FILE)
     if not (args.show or args.figure):
         compute(args, args.table, FILE)
     rows = [row for row in read_rows(FILE) if row["weights"] == digest(args.weights)]

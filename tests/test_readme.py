@@ -24,7 +24,7 @@ COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 PYTHON = [block for language, block in BLOCKS if language == "python" and "import" in block]
 LINKS = sorted(set(re.findall(r"\]\(([^)#:]+)[)#]", TEXT) + re.findall(r"`(tests/\w+\.py)`", TEXT)))
 RESULTS = ROOT / "tests" / "bench" / "results"
-MEASURED = {  # a row of the README -> a file of results, and what the rows of our number and theirs begin with
+MEASURED = {  # a row of the README -> a file of results, and the first cells of our row and of theirs
     "learn a word": ("quality", ["tinyti", "400"], ["diffusers", "4,000"]),
     "pictures taken for": ("quality", ["tinyti", "400"], ["diffusers", "4,000"]),
     "a step of SD 1.5's size, 256²": ("step-sd15", *2 * [["256²", "1", "3.0"]]),
