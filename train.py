@@ -1,4 +1,4 @@
-"""Learn a word from a few pictures:  python train.py --images concepts/cat --token "S*" """
+"""Learn a word from a few pictures:  python train.py --images concepts/robot --token "S*" """
 
 import os
 import sys
@@ -142,7 +142,7 @@ def main(argv=None):
 
 
 def train(args, argv):
-    """Everything, from the first check to the last line: -> exit status."""
+    """Learn the word and write its folder: -> exit status."""
     began = time.monotonic()
     check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
@@ -166,12 +166,14 @@ def train(args, argv):
     state = Inversion(model, concept, args.optimizer, args.angle or args.lr)
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = {"initial": state.step, "unit": "step", "disable": not run}
-    with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
+    with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # no bar if the run is refused
         if passed_over:
             cli.say(f"passed over {'; '.join(passed_over)}")
         if uses_photos_on_tiny(args):
-            cli.say("the miniature knows its drawn world only; photos want a real model: weights/README.md")
-        if dist.is_initialized():  # all begin where the first does
+            cli.say(
+                "the miniature knows its drawn world only; for photos take a real model: weights/README.md"
+            )
+        if dist.is_initialized():  # all processes start at the first one's vectors
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)
             state.load_state_dict(saved[0])
@@ -195,14 +197,14 @@ def train(args, argv):
 
 
 def check_templates(model, name, templates):
-    """Refuse a word that the templates themselves contain, so that it would stand in each prompt twice."""
+    """Refuse a word that the templates contain: it would stand in each prompt twice."""
     for template in templates:
         if model.tokenizer.has_word(template.replace("{}", " "), name):
             raise ValueError(f"the template {template!r} contains {name!r} itself; take another --token")
 
 
 def check_prompts(model, concept, prompts):
-    """Refuse vectors that do not fit into every prompt, and prompts with the word inside another."""
+    """Refuse vectors that do not fit into every prompt, and prompts where the word is part of another."""
     places = model.tokenizer.length - 2
     for prompt in {line for lines in prompts for line in lines}:
         if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
@@ -236,8 +238,8 @@ def start_vectors(model, args):
 
 
 def report(args, argv, model, state, examples, run):
-    """Say what came out: -> exit status, 1 if nothing was learned."""
-    if state.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
+    """Print the result: -> exit status, 1 if nothing was learned."""
+    if state.step % EVALUATE_EVERY:  # not saved: a resumed run evaluates at its own steps
         state.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
     first, last = state.evaluations[0], state.evaluations[-1]
     print(f"{args.token}: evaluation loss {first:.4f}, now {last:.4f}, after {state.step} steps")
@@ -245,12 +247,12 @@ def report(args, argv, model, state, examples, run):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
     if state.is_finite():
         report_word(args, argv, model, state, run)
-    # Pictures that are not finite are a sign that the word, or the model, is of no use.
+    # Pictures that are not finite mean that the word, or the model, is of no use.
     return 1 if problem or isinstance(run.problem, FloatingPointError) else 0
 
 
 def report_word(args, argv, model, state, run):
-    """Say whether more steps help, how long the word is, what it is near to and how to use it."""
+    """Print whether more steps help, the word's length, its nearest words and how to use it."""
     if is_flat(state.evaluations):
         print("the loss has become flat: more steps change little")
     else:

@@ -103,6 +103,14 @@ def test_python(block, monkeypatch, tmp_path):
     assert made["state"].step == 1 and (tmp_path / "robot.safetensors").is_file()
 
 
+def test_public_ci_runs_its_commands():
+    """The first command, and the one that runs the tests, on three systems."""
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"run: (.* && .*)", workflow)
+    assert len(commands) == 2 and all(command in TEXT for command in commands)
+    assert all(f"{system}-latest" in workflow for system in ("ubuntu", "macos", "windows"))
+
+
 @pytest.mark.parametrize("link", LINKS)
 def test_link(link):
     assert (ROOT / link).exists()

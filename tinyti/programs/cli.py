@@ -192,7 +192,7 @@ def _quote(word):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks: all but one of torchrun's do not."""
+    """Whether this process writes files and messages; of torchrun's only one does."""
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
@@ -207,7 +207,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Tolerant:
-    """A stream for what is told about the work: where it cannot be written, the work goes on without it."""
+    """A stream for messages.  If it cannot be written, the work goes on without it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -272,7 +272,7 @@ def interrupting_signals() -> Iterator[None]:
 
 
 def run_program(program: str, function: Callable[[], int]) -> int:
-    """Call function() -> exit status, and turn what ends it early into one line and a status.
+    """Call function() -> exit status; turn an error or an interrupt into one line and a status.
 
     2: bad input; 1: a result that is of no use; 130: Ctrl-C; 143: SIGTERM.
     """
@@ -309,7 +309,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 
 def explain_runtime_error(error: Exception) -> str | None:
-    """A line on what PyTorch raises where memory or another process is missing; None for anything else."""
+    """Explain PyTorch's errors of memory and of lost processes in a line; None for any other."""
     text = str(error)
     if isinstance(error, MemoryError) or "memory" in text:
         size = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)
