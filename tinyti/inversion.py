@@ -46,12 +46,11 @@ class Point(NamedTuple):
 class Inversion:
     """The state of a word while it is learned; `invert` takes it from step to step.
 
-    `step_size` is the angle of a whitened step, in radians, or Adam's learning rate.  Whitened steps keep a
-    vector as long as a real word.  Each step sees only a few samples, so the path is noisy.  The word is its
-    running average over `average` steps, and that is what prompts use (`concept`).  An `optimizer` of one's
-    own, with the signature of those in whitened.py, may take the place of the attribute.
-    `evaluations` are the losses on the fixed batch, from step 0 on; `log` has
-    each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
+    `step_size` is the angle of a whitened step, in radians, or Adam's learning rate.  Whitened steps keep the
+    vectors as long as a real word.  Each step sees only a few samples, so the path is noisy.  The word is its
+    running average over `average` steps; prompts use that (`concept`).  `optimizer` may be replaced by a
+    function like those in whitened.py.  `evaluations` are losses on the fixed batch, from step 0 on; `log`
+    has each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class Inversion:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r:.100}; there are {', '.join(OPTIMIZERS)}")
         function, default = OPTIMIZERS[optimizer]
-        step_size = default if step_size is None else step_size
-        if not 0 < step_size < (math.pi / 2 if function is whitened else math.inf):
-            raise ValueError(f"the step is {step_size}; expected an angle below π/2, or a rate, above 0")
-        self.optimizer = partial(function, lr=step_size)
-        if function is whitened:
-            self.optimizer = partial(function, angle=step_size, length=word_length(model.text.table))
+        size = default if step_size is None else step_size
+        if not 0 < size < (math.pi / 2 if function is whitened else math.inf):
+            raise ValueError(f"the step is {size}; expected an angle below π/2, or a rate, above 0")
+        length = word_length(model.text.table)
+        settings = {"angle": size, "length": length} if function is whitened else {"lr": size}
+        self.optimizer = partial(function, **settings)
         self.concept = concept
         self.start = concept.vectors.detach().clone()
         self.point = Point(0, self.start, self.start, {}, 2.0**16 if model.dtype == torch.float16 else 1.0)

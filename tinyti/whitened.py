@@ -18,24 +18,9 @@ Memory = dict[str, int | Tensor]
 def whitened(
     vectors: Tensor, gradients: Tensor, memory: Memory, angle: float, length: float
 ) -> tuple[Tensor, Memory]:
-    """A turn of the vectors along their whitened momentum: `whiten`, then `turn`."""
+    """Turn the vectors by an angle (radians), against the whitened gradients, at one length."""
     direction, memory = whiten(gradients, memory)
     return turn(vectors, direction, angle, length), memory
-
-
-def turn(vectors: Tensor, direction: Tensor, angle: float, length: float) -> Tensor:
-    """Turn vectors (n, D) by `angle` (radians) away from d (n, D), on the sphere of vectors of one `length`:
-
-        u = v / ‖v‖        d <- d - (d·u) u        u <- normalise(u - tan(angle) d / ‖d‖)        v <- length u
-
-    The length of a word adds nothing that its direction does not say, and the longer a word is, the less do
-    the other words of a prompt count.  Zeros have no direction: the first step from there goes to -d / ‖d‖.
-    """
-    u = F.normalize(vectors, dim=-1)
-    tangent = F.normalize(direction - (direction * u).sum(dim=-1, keepdim=True) * u, dim=-1)
-    turned = length * F.normalize(u - math.tan(angle) * tangent, dim=-1)
-    stays = (direction == 0).all(dim=-1, keepdim=True)  # for want of a gradient
-    return torch.where(stays, vectors, turned)
 
 
 def whiten(gradients: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -48,9 +33,8 @@ def whiten(gradients: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
 
         M <- M + mean_b g_b g_bᵀ        m <- 0.9 m + 0.1 mean_b g_b        d = M^(-1/2) m
 
-    Momentum takes the gradient's place.  Only the direction of d is of use: M as a sum or a mean, and m with
-    or without a correction for its start, differ in its length alone.  Eigenvalues are floored at FLOOR of
-    the largest, because M has a rank of at most B after the first step.
+    Momentum takes the gradient's place.  Only the direction of d is used, so M may be a sum or a mean.
+    Eigenvalues are floored at FLOOR of the largest: M has a rank of at most B after the first step.
     """
     g = gradients.transpose(0, 1)  # (n, B, D)
     step = memory.get("step", 0) + 1
@@ -59,6 +43,19 @@ def whiten(gradients: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     root = inverse_root(moment) if step == 1 or step % EVERY == 0 else memory["root"]
     direction = (root @ momentum[..., None])[..., 0]
     return direction, {"step": step, "moment": moment, "momentum": momentum, "root": root}
+
+
+def turn(vectors: Tensor, direction: Tensor, angle: float, length: float) -> Tensor:
+    """Turn vectors (n, D) by an angle away from d (n, D), on the sphere of vectors of one length:
+
+        u = v / ‖v‖        d <- d - (d·u) u        u <- normalise(u - tan(angle) d / ‖d‖)        v <- length u
+
+    Zeros have no direction: the first step from there goes to -d / ‖d‖.
+    """
+    u = F.normalize(vectors, dim=-1)
+    tangent = F.normalize(direction - (direction * u).sum(dim=-1, keepdim=True) * u, dim=-1)
+    turned = length * F.normalize(u - math.tan(angle) * tangent, dim=-1)
+    return torch.where((direction == 0).all(dim=-1, keepdim=True), vectors, turned)  # no gradient, no step
 
 
 def adam(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float) -> tuple[Tensor, Memory]:
