@@ -59,7 +59,7 @@ def plot_study(axis, means, settings, columns=("the one", "obedience")):
 
 def print_study(means, labels, columns=("the one", "obedience", "scene")):
     """Print columns of `study.summary` for some set-ups, a line each."""
-    print(f"{'':36s}{'runs':>5s}" + "".join(f"{column:>14s}" for column in columns))
+    print(f"{'':36s}{'runs':>5s}" + "".join(f"{column:>17s}" for column in columns))
     for label in labels:
         cells = [study.show(means[label][column], 4 if column == "loss" else 2) for column in columns]
-        print(f"{label:36s}{means[label]['runs']:5d}" + "".join(f"{cell:>14s}" for cell in cells))
+        print(f"{label:36s}{means[label]['runs']:5d}" + "".join(f"{cell:>17s}" for cell in cells))
