@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot as plt
 
 from notebooks import setups, study
+from tinyti.programs.sheet import draw_sheet
 
 COLOUR = {  # one for each method, text and measure, in all notebooks
     "whitened": "#c62828",
@@ -32,6 +33,11 @@ plt.rcParams.update(
         "figure.constrained_layout.use": True,
     }
 )
+
+
+def show(rows, footer=()):
+    """A sheet of pictures (`draw_sheet`) in 256 colours, a third of the bytes."""
+    return draw_sheet(rows, footer).quantize(256, kmeans=2)
 
 
 def learn(model, name, data, seed=0, **options):
