@@ -296,6 +296,8 @@ def _digest_photo(photo):
 
 def compare_fingerprints(before: dict, now: dict) -> str | None:
     """What is another than before, as the beginning of a sentence; None if nothing is."""
+    if not isinstance(before, dict):
+        raise TypeError("it is no fingerprint")
     samples = before["samples"], now["samples"]
     is_same = before["model"] == now["model"]  # in names and shapes
     # Rounding to bf16 or fp16, on another device, is no difference.
@@ -331,9 +333,12 @@ def read_state(file: Path) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return unpickle(data[:-32])
+            saved = unpickle(data[:-32])
     except Exception:  # a damaged pickle raises almost anything
         raise _damaged(file) from None
+    if not isinstance(saved, dict):
+        raise _damaged(file)
+    return saved
 
 
 def _damaged(file):
