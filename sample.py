@@ -26,7 +26,7 @@ from tinyti.programs.sheet import draw_sheet
 
 STRENGTH = 0.7  # share of the steps that --image goes through
 BATCH = 8  # pictures that are drawn at once
-LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|(?<!\w)\w*\*")  # how people write words that a model was taught
+LOOKS_LEARNED = re.compile(r"<[^<>\s]+>|(?<!\w)\w*\*")  # how people write learned words
 
 
 # What other programs read as a weight: (S*:1.2), ((S*)), [S*:0.5], BREAK
@@ -45,54 +45,64 @@ def arguments(argv=None):
         type=path_type,
         default=[],
         metavar="[NAME=]PATH",
-        help="folders of train.py, or files of any kind in use; NAME= renames the word",
+        help="learned words: folders of train.py, files (textual inversion embeddings) or names on the hub; "
+        "NAME= renames a word",
     )
     cli.model_flags(parser)
 
     add = parser.add_argument_group("how to draw").add_argument
-    add("--negative", type=any_text_type, default="", metavar="PROMPT", help="what guidance leads away from")
+    add("--negative", type=any_text_type, default="", metavar="PROMPT", help="negative prompt, for guidance")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ needs the fewest steps, ddpm the most")
     add(
         "--steps",
         type=number_type(1, 10**5, int),
         default=50,
-        help="more are slower and, up to a point, better",
+        metavar="N",
+        help="denoising steps",
     )
     add(
         "--guidance",
         type=number_type(0, 100),
-        help="how far to go beyond what the prompt alone gives; up to 1 there is no guidance; "
+        metavar="SCALE",
+        help="classifier-free guidance scale; up to 1 there is none; "
         f"by default {GUIDANCE:g} with the miniature, else 7.5",
     )
-    add("--eta", type=number_type(0, 1), default=0.0, help="noise that ddim adds: 0 none, 1 as much as ddpm")
+    add("--eta", type=number_type(0, 1), default=0.0, metavar="ETA", help="noise of ddim: 0 none, 1 as ddpm")
     add(
         "--size",
         type=number_type(1, 4096, int),
         nargs="+",
         metavar="PIXELS",
-        help="side, or height and width; by default what the model was trained on",
+        help="side, or height and width; by default the model's resolution",
     )
 
     add = parser.add_argument_group("what to begin with, instead of noise").add_argument
-    add("--image", type=path_type, metavar="FILE", help="picture to redraw, its middle square")
-    add("--mask", type=path_type, metavar="FILE", help="redraw only where it is white; the rest stays")
+    add("--image", type=path_type, metavar="FILE", help="redraw this picture (its middle square)")
+    add("--mask", type=path_type, metavar="FILE", help="inpainting: redraw only where the mask is white")
     add(
         "--strength",
         type=number_type(0, 1),
-        help=f"share of the steps that --image goes through; by default {STRENGTH}",
+        metavar="SHARE",
+        help=f"part of the denoising steps that --image goes through; by default {STRENGTH}",
     )
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--count", type=number_type(1, 10**4, int), default=4, help="pictures per prompt")
-    add("--seed", type=cli.SEED, default=0, help="of the first picture; the next ones have the next seeds")
-    add("--attention", action="store_true", help="draw in attention.png where the learned words act")
-    add("--out", type=path_type, default="pictures", metavar="FOLDER", help="for the pictures and grid.png")
-    add("--force", action="store_true", help="replace pictures that are there")
+    add("--count", type=number_type(1, 10**4, int), default=4, metavar="N", help="pictures per prompt")
+    add("--seed", type=cli.SEED, default=0, metavar="N", help="seed of the first picture; then N + 1, ...")
+    add("--attention", action="store_true", help="draw the words' cross-attention, in attention.png")
+    add(
+        "--out",
+        type=path_type,
+        default="pictures",
+        metavar="FOLDER",
+        help="output folder, for PNGs and a sheet",
+    )
+    add("--force", action="store_true", help="overwrite pictures in --out")
     args = parser.parse_args(argv)
     if args.size and len(args.size) > 2:
         raise ValueError(f"--size has {len(args.size)} numbers; give the side, or height and width")
     if args.mask and not args.image:
-        raise ValueError(f"--mask {args.mask} has no picture to keep the rest of; give it by --image")
+        raise ValueError(f"--mask {args.mask} needs the picture that it belongs to; give --image")
     return args
 
 
@@ -102,9 +112,9 @@ def main(argv=None):
 
 
 def draw_pictures(args):
-    """All pictures, a batch after another: -> exit status."""
+    """Draw and write all pictures, batch by batch: -> exit status."""
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
-    files = [[picture_file(out, *prompt, seed) for seed in seeds] for prompt in enumerate(args.prompts, 1)]
+    files = [picture_files(out, *prompt, seeds) for prompt in enumerate(args.prompts, 1)]
     sheet, attention = out / "grid.png", out / "attention.png"
     refuse_to_replace([*chain(*files), sheet, *[attention] * args.attention], args.force)
 
@@ -146,7 +156,7 @@ def refuse_to_replace(files, force):
 
 
 def note_flags_without_effect(args, options):
-    """Say which of the flags change nothing."""
+    """Note flags that change nothing."""
     without = {
         "--negative": args.negative and options["guidance"] <= 1,
         "--eta": args.eta and args.sampler != "ddim",
@@ -208,7 +218,7 @@ class Painter:
             self.decode = lambda x_0: paste(image, self.model.decode(x_0), mask)
 
     def draw(self, prompt, seeds, heat, after_step):
-        """A picture for each seed; to the list of each word in `heat`, where it acts in them."""
+        """Draw a picture for each seed; add each word's attention maps to its list in `heat`."""
         prompts, generators = [prompt] * len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds]
         with ExitStack() as stack:
             maps = {}
@@ -222,10 +232,12 @@ class Painter:
         return [to_image(pixels) for pixels in drawn]
 
 
-def picture_file(folder, number, prompt, seed):
-    """Where a picture goes: folder/01-a-photo-of-S-0.png."""
-    words = "-".join(re.findall(r"\w+", prompt)).encode()[:120].decode(errors="ignore") or "picture"
-    return folder / f"{number:02}-{words}-{seed}.png"
+def picture_files(folder, number, prompt, seeds):
+    """Where a prompt's pictures go: folder/01-a-photo-of-S-0.png and so on, or folder/01.png if it is one."""
+    if len(seeds) == 1:
+        return [folder / f"{number:02}.png"]
+    words = "-".join(re.findall(r"\w+", prompt)).encode()[:40].decode(errors="ignore").strip("-") or "picture"
+    return [folder / f"{number:02}-{words}-{seed}.png" for seed in seeds]
 
 
 def add_words(model, entries, clip_skip, download):
@@ -256,7 +268,7 @@ def read_clip_skip(path):
 
 
 def check_texts(model, args):
-    """Check every text that is drawn with; the learned words of each prompt.
+    """Check all prompts: -> the learned words of each.
 
     ValueError for a learned word that is cut off, and for a prompt without any where words were loaded or
     --attention wants one; a word in --negative is a use of it, too.  Notes are said once each.
@@ -274,7 +286,7 @@ def check_texts(model, args):
 
 
 def check_text(model, text, notes):
-    """The learned words of a text; adds to `notes`.  ValueError for a word that is cut off."""
+    """Find the learned words of a text; add to `notes`.  ValueError for a word that is cut off."""
     ids, places = model.tokenizer.encode(text), model.tokenizer.length - 2
     if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
         raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {text!r:.500}")
@@ -282,7 +294,7 @@ def check_text(model, text, notes):
         notes[f"the last {len(ids) - places} tokens of {text!r:.500} do not fit and are left out"] = None
     rest = model.tokenizer.without_words(text)
     for word in LOOKS_LEARNED.findall(rest):
-        notes[f"note: {word!r} is no word that was loaded; --words loads learned words"] = None
+        notes[f"note: {word!r} is not loaded; load learned words with --words"] = None
     if weighted := PROMPT_WEIGHTS.findall(text):
         notes[f"note: {', '.join(weighted)} in a prompt is read as text; weights and BREAK do nothing"] = None
     rest = rest.replace("BREAK", " ")
@@ -293,7 +305,7 @@ def check_text(model, text, notes):
 
 
 def is_spelled(tokenizer, word):
-    """Whether the vocabulary has so little of a word that it takes more than a token for each two letters."""
+    """Whether a word takes more than one token for every two letters."""
     tokens = len(tokenizer.encode(word))
     return tokens > 2 and tokens > len(word) / 2
 

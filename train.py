@@ -1,4 +1,4 @@
-"""Learn a word from a few pictures:  python train.py --images concepts/cat --token "S*" """
+"""Learn a word from a few pictures:  python train.py --images concepts/robot --token "S*" """
 
 import os
 import sys
@@ -36,70 +36,99 @@ def arguments(argv=None):
     """The command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to learn").add_argument
-    add("--images", type=path_type, required=True, metavar="FOLDER", help="pictures; 3 to 5 are best")
-    add("--token", type=text_type, required=True, metavar="WORD", help="the new word, without white space")
+    add("--images", type=path_type, required=True, metavar="FOLDER", help="three to five pictures")
+    add(
+        "--token",
+        type=text_type,
+        required=True,
+        metavar="WORD",
+        help="the new word (placeholder token), without spaces",
+    )
     add(
         "--init",
         type=text_type,
         metavar="WORDS",
-        help="where to start: words, or a learned word's file, folder or name; by default the mean word",
+        help="initial vector: words of the vocabulary, or a learned word's file, folder or name; "
+        "by default zeros, and the first step finds a direction",
     )
     add(
         "--vectors",
         type=number_type(1, 75, int),
         metavar="N",
-        help="vectors of the word, by default 1 or as many as a learned word in --init has",
+        help="vectors (tokens) of the word; by default 1, or as many as the learned word in --init has",
     )
-    add("--style", action="store_true", help="learn a style, from the paper's style prompts, not a thing")
+    add("--style", action="store_true", help="learn a style: train with the paper's style prompts")
     add(
         "--templates",
         type=path_type,
         metavar="FILE",
-        help="own prompts, one a line, {} for the word; by default the paper's",
+        help="training prompts, one a line, with {} for the word; by default the paper's",
     )
-    add("--no-flip", action="store_true", help="never mirror the pictures: for writing and asymmetric things")
-    add("--size", type=number_type(1, 4096, int), help="pixels of a picture's side; by default the model's")
+    add("--no-flip", action="store_true", help="no horizontal flips: for writing and asymmetric things")
+    add(
+        "--size",
+        type=number_type(1, 4096, int),
+        metavar="PIXELS",
+        help="side of a training picture; by default the model's resolution",
+    )
 
     add = parser.add_argument_group("how to learn it").add_argument
-    rates = ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items())
-    add("--steps", type=number_type(1, 10**6, int), default=STEPS, help="how many to take")
+    angle, rate = (OPTIMIZERS[name][1] for name in ("whitened", "adam"))
+    add("--steps", type=number_type(1, 10**6, int), default=STEPS, metavar="N", help="optimization steps")
     add(
-        "--batch-size", type=number_type(1, 4096, int), default=BATCH_SIZE, help="samples a step, on all GPUs"
+        "--batch-size",
+        type=number_type(1, 4096, int),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="samples per step, over all GPUs together",
     )
     add(
         "--accumulate",
         type=number_type(1, 4096, int),
         default=1,
         metavar="N",
-        help="compute a batch in N parts, to save memory",
+        help="gradient accumulation: compute a batch in N parts, to save memory",
     )
-    add("--gradient-checkpointing", action="store_true", help="save much memory, for 40 %% more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory, but 40 %% slower")
     add("--optimizer", choices=OPTIMIZERS, default="whitened", help="adam takes ten times the steps")
-    add("--lr", type=number_type(1e-30, 100), help=f"step per number; by default {rates}")
+    add(
+        "--angle",
+        type=number_type(1e-6, 1.5),
+        metavar="RADIANS",
+        help=f"step size of whitened steps: how far a step turns the vector; by default {angle}",
+    )
+    add("--lr", type=number_type(1e-30, 100), help=f"learning rate of adam; by default {rate}")
     add(
         "--timesteps",
         type=number_type(0, 1),
         nargs=2,
         default=list(TIMESTEPS),
         metavar=("LOW", "HIGH"),
-        help="part of the schedule to draw from; 0 1 is the paper's, but low ones teach little",
+        help="range of timesteps to train on, as parts of the schedule; the paper's is 0 1, "
+        "but low ones teach little",
     )
-    add("--seed", type=cli.SEED, default=0, help="of everything random")
+    add("--seed", type=cli.SEED, default=0, metavar="N", help="random seed")
     cli.model_flags(parser)
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--out", type=path_type, metavar="FOLDER", help="by default words/ and the word")
+    add("--out", type=path_type, metavar="FOLDER", help="output folder; by default words/ and the word")
     add("--save-every", type=number_type(1, 10**6, int), default=100, metavar="N", help="save every N steps")
     add(
         "--preview",
         type=text_type,
         nargs="+",
         metavar="PROMPT",
-        help="what progress.png draws, {} or the word itself for the word, in place of its five prompts",
+        help="validation prompts, drawn in progress.png, with {} or the word itself; by default five",
     )
-    add("--resume", action="store_true", help="go on where the run stopped; on a CPU to the same bytes")
-    add("--force", action="store_true", help="replace a run that is there")
+    add("--resume", action="store_true", help="continue from the last checkpoint; on a CPU to the same bytes")
+    add("--force", action="store_true", help="overwrite a run in --out")
     args = parser.parse_args(argv)
+    if args.lr is not None and args.optimizer != "adam":
+        raise ValueError(
+            "--lr is Adam's learning rate; give a whitened step an --angle, or take --optimizer adam"
+        )
+    if args.angle is not None and args.optimizer != "whitened":
+        raise ValueError("--angle is a whitened step's; give Adam a learning rate, --lr")
     if not args.timesteps[0] < args.timesteps[1]:
         raise ValueError(f"--timesteps is {' '.join(map(str, args.timesteps))}; give the lower number first")
     if len(args.token) > 64:
@@ -113,7 +142,7 @@ def main(argv=None):
 
 
 def train(args, argv):
-    """Everything, from the first check to the last line: -> exit status."""
+    """Learn the word and write its folder: -> exit status."""
     began = time.monotonic()
     check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
@@ -134,15 +163,17 @@ def train(args, argv):
     examples = make_examples(model, args.token, photos, templates, flip=not args.no_flip)
     check_templates(model, args.token, templates)
     check_prompts(model, concept, examples.prompts)
-    state = Inversion(model, concept, args.optimizer, args.lr)
+    state = Inversion(model, concept, args.optimizer, args.angle or args.lr)
     run = Run(args, model, state, photos, templates) if cli.is_main_process() else None
     progress = {"initial": state.step, "unit": "step", "disable": not run}
-    with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # a run that is refused has no bar
+    with run or nullcontext(), tqdm(total=args.steps, **progress) as bar:  # no bar if the run is refused
         if passed_over:
             cli.say(f"passed over {'; '.join(passed_over)}")
         if uses_photos_on_tiny(args):
-            cli.say("the miniature knows its drawn world only; photos want a real model: weights/README.md")
-        if dist.is_initialized():  # all begin where the first does
+            cli.say(
+                "the miniature knows its drawn world only; for photos take a real model: weights/README.md"
+            )
+        if dist.is_initialized():  # all processes start at the first one's vectors
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)
             state.load_state_dict(saved[0])
@@ -166,14 +197,14 @@ def train(args, argv):
 
 
 def check_templates(model, name, templates):
-    """Refuse a word that the templates themselves contain, so that it would stand in each prompt twice."""
+    """Refuse a word that the templates contain: it would stand in each prompt twice."""
     for template in templates:
         if model.tokenizer.has_word(template.replace("{}", " "), name):
             raise ValueError(f"the template {template!r} contains {name!r} itself; take another --token")
 
 
 def check_prompts(model, concept, prompts):
-    """Refuse vectors that do not fit into every prompt, and prompts with the word inside another."""
+    """Refuse vectors that do not fit into every prompt, and prompts where the word is part of another."""
     places = model.tokenizer.length - 2
     for prompt in {line for lines in prompts for line in lines}:
         if not set(concept.ids) <= set(model.tokenizer.encode(prompt)[:places]):
@@ -183,15 +214,16 @@ def check_prompts(model, concept, prompts):
 
 
 def start_vectors(model, args):
-    """The vectors (n, D) that the word starts from: the vocabulary's mean, rows of it, or a learned word.
+    """The vectors (n, D) that the word starts from: zeros, rows of the vocabulary, or a learned word.
 
     ValueError for what is neither words of the vocabulary nor a learned word that fits.
     """
     table, words = model.text.table, (args.init or "").split()
     ids = [model.tokenizer.single(word) for word in words]
+    if not words:  # the first step finds a direction
+        return torch.zeros(args.vectors or 1, table.shape[1])
     if None not in ids:
-        rows = table[ids] if ids else table.mean(dim=0, keepdim=True)
-        return Concept.initial(rows, args.vectors or 1, args.seed)
+        return Concept.initial(table[ids], args.vectors or 1, args.seed)
     path = find_word(args.init, args.download) if is_name(args.init) else Path(args.init)
     if not path.exists():
         found = f"--init {words[ids.index(None)]!r} is no single word of the model's vocabulary"
@@ -206,8 +238,8 @@ def start_vectors(model, args):
 
 
 def report(args, argv, model, state, examples, run):
-    """Say what came out: -> exit status, 1 if nothing was learned."""
-    if state.step % EVALUATE_EVERY:  # not part of the state: a run that goes on evaluates on time
+    """Print the result: -> exit status, 1 if nothing was learned."""
+    if state.step % EVALUATE_EVERY:  # not saved: a resumed run evaluates at its own steps
         state.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
     first, last = state.evaluations[0], state.evaluations[-1]
     print(f"{args.token}: evaluation loss {first:.4f}, now {last:.4f}, after {state.step} steps")
@@ -215,12 +247,12 @@ def report(args, argv, model, state, examples, run):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
     if state.is_finite():
         report_word(args, argv, model, state, run)
-    # Pictures that are not finite are a sign that the word, or the model, is of no use.
+    # Pictures that are not finite mean that the word, or the model, is of no use.
     return 1 if problem or isinstance(run.problem, FloatingPointError) else 0
 
 
 def report_word(args, argv, model, state, run):
-    """Say whether more steps help, how long the word is, what it is near to and how to use it."""
+    """Print whether more steps help, the word's length, its nearest words and how to use it."""
     if is_flat(state.evaluations):
         print("the loss has become flat: more steps change little")
     else:

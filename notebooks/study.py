@@ -1,258 +1,216 @@
-"""The study behind train.py's defaults: what each setting does to the quality of a word.
+"""The study: what each setting does to a word, and the paper's experiments (2208.01618, section 5) again.
 
-    python notebooks/study.py                                         # whatever is missing
-    python notebooks/study.py --only default "lr 0.02" --sets cat dog --seeds 0
-    python notebooks/study.py --table
-    python notebooks/study.py --figure                                # study.png, the losses on the way
+    python -m notebooks.study settings                            # compute whatever is missing
+    python -m notebooks.study paper --only "2 words" --sets cat --seeds 0
+    python -m notebooks.study paper --table                       # print what there is, as Markdown
+    python -m notebooks.study paper --figure                      # likeness against obedience, Figure 10
+    python -m notebooks.study bias                                # colours of "car" and of a word from cars
+    python -m notebooks.study --quick                             # a small part of all, in a temporary file
 
-Every run appends a row to study.csv; rows of the same settings, set, seed and weights are not computed again,
-so the study may be stopped and taken up at any time.
-
-What came out (weights 294b5278; ten sets and three seeds each; --table has the numbers).  No setting is
-better than the default in all measures at its cost.  Nearly as good (loss + .0008 at most): twice the rate,
-batches of 4 with twice the steps, no momentum or more, a floor of 0.01, a word over 5 steps instead of 10,
-stratified timesteps.  Worse: half the rate and four times it (loss), exponent 1, batches of 16 with half the
-steps, a floor of 0.1, a cap of 2.25, a fitting word to begin with, a word over 1 or 50 steps, Adam for as
-many samples.  A cap of 9 is slightly better in loss (-.0004 +- .0002); two and five times the samples draw
-*the one* in 70 and 73 % of the pictures, not 65, and half of them are too few.  With all timesteps words are
-less like the pictures (56 %), with 50 to 90 % of them scenes are obeyed better (96 %, not 90), and the loss
-is worse.  Guidance 3 instead of 5 draws the same words as *the one* in 65 instead of 58 %.  The paper's way,
-five times the samples of Adam, reaches a lower loss (.1636, not .1666) and less likeness (62 %).
+The set-ups are in setups.py.  Each run appends a row to study.csv, so the study may be stopped at any time.
+A row that is there is not computed again.  A table shows means over sets and seeds.  The spread behind ± is
+the standard deviation of a seed's mean over the sets; missing runs are shown as missing.
 """
 
 import argparse
 import csv
 import hashlib
 import json
+import platform
 import statistics
-import sys
+import subprocess
+import tempfile
 import time
-from collections import defaultdict
-from functools import partial
+from collections import Counter, defaultdict
+from functools import cached_property
 from pathlib import Path
-from unittest.mock import patch
+from types import SimpleNamespace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import tinyti
-from tinyti import examples, inversion
-from tinyti.examples import OBJECT_TEMPLATES, STYLE_TEMPLATES, make_examples, timestep_at
+from notebooks import setups
+from tinyti import make_examples
 from tinyti.files.pictures import read_photos, to_image
-from tinyti.inversion import Inversion, evaluate, invert
-from tinyti.metrics import clip_i
-from tinyti.programs.miniature import GUIDANCE
-from tinyti.whitened import EVERY, FLOOR
-from weights.recipe import judge
+from tinyti.inversion import evaluate
+from tinyti.metrics import clip_i, clip_t
+from tinyti.programs.miniature import GUIDANCE, ROOT, TINY
+from weights.recipe import concepts, judge, probe, world
 
 FILE = Path(__file__).with_suffix(".csv")
+BIAS_FILE = FILE.with_name("bias.csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
-
-DEFAULT = {
-    "optimizer": "whitened", "lr": inversion.OPTIMIZERS["whitened"][1], "exponent": 0.5,
-    "floor": FLOOR, "momentum": 0.9, "cap": inversion.CAP, "batch": inversion.BATCH_SIZE,
-    "samples": inversion.BATCH_SIZE * inversion.STEPS,
-    "start": "mean", "average": inversion.AVERAGE, "low": inversion.TIMESTEPS[0],
-    "high": inversion.TIMESTEPS[1], "draws": "independent", "guidance": GUIDANCE,
-}  # fmt: skip
-ADAM = {"optimizer": "adam", "lr": 5e-3}
-STUDY = [  # what differs from the default
-    {},
-    *({"lr": lr} for lr in (5e-3, 2e-2, 4e-2)),
-    {"exponent": 1.0},
-    *({"floor": floor} for floor in (1e-2, 1e-1)),
-    *({"momentum": momentum} for momentum in (0.0, 0.95)),
-    *({"batch": batch} for batch in (4, 16)),
-    *({"samples": samples} for samples in (200, 800, 2000)),
-    *({"cap": cap} for cap in (2.25, 9.0)),  # in median lengths of the vocabulary's rows
-    {"start": "word"},  # the word in concepts.json
-    *({"average": steps} for steps in (1, 5, 50)),
-    *({"low": low, "high": high} for low, high in ((0.0, 1.0), (0.5, 0.9))),
-    {"draws": "stratified"},
-    {"guidance": 5.0},
-    ADAM | {"lr": 2e-2},
-    ADAM | {"start": "word", "samples": 2000, "low": 0.0, "high": 1.0, "average": 1},  # the paper's way
-]
-CHECKPOINTS = (0, 48, 96, 200, 400, 800, 1200, 2000)  # samples
+PAPER_SETS = ("cat", "robot", "mushroom", "blueprint")
+COUNT = 8  # pictures a prompt
+EDITS = {  # what a picture must show, as the probe reads it, to obey a prompt
+    "scarf": ("a photo of a {} wearing a blue scarf", {"scarf": "blue"}),
+    "hat": ("a photo of a {} wearing a hat", {"hat": True}),
+    "red": ("a photo of a red {}", {"colour": "red"}),
+    "neon": ("a neon sign of a {}", {"style": "neon"}),
+    "sketch": ("a pencil sketch of a {}", {"style": "sketch"}),
+}
+STYLE_EDITS = {  # the same for styles
+    thing: (f"a painting of a {thing} in the style of {{}}", {"thing": thing})
+    for thing in ("cat", "car", "house", "flower", "boat")
+}
 PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "meadow": "in a meadow"}
-STYLES = ("photo", "painting", "sketch")
-SCORES = ("clip_i", "judge", "scene", "style")
-KEYS = ("weights", "set", "seed", *DEFAULT)
-COLUMNS = (*KEYS, *(f"loss {samples}" for samples in CHECKPOINTS), "loss", *SCORES, "norm", "seconds")
+KEYS = ("setup", "set", "seed", "weights")
+SCORES = ("to training", "to held-out", "the one", "clip-t", *EDITS, *STYLE_EDITS)
+SCORES += ("scene", "ground", "loss", "length")
+BIAS_COLUMNS = ("text", "seed", "cars", *world.COLOURS)
+COLUMNS = (*KEYS, "commit", "cpu", "count", *SCORES, "seconds")
 
 
-def variant(vectors, gradients, memory, lr, cap, exponent, floor, beta):
-    """`whitened` with the exponent, the floor and the momentum to choose."""
-    g = gradients.transpose(0, 1)  # (n, B, D)
-    step = memory.get("step", 0) + 1
-    moment = memory.get("moment", 0) + g.mT @ g / g.shape[1]
-    momentum = beta * memory.get("momentum", 0) + (1 - beta) * g.mean(1)
-    root = memory.get("root")
-    if step == 1 or step % EVERY == 0:
-        values, axes = torch.linalg.eigh(moment)
-        values = values.clamp(min=floor * values[:, -1:])
-        root = axes * values[:, None] ** -exponent @ axes.mT
-    direction = F.normalize((root @ momentum[..., None])[..., 0], dim=-1)
-    vectors = vectors - lr * vectors.shape[1] ** 0.5 * direction
-    vectors = vectors * (cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
-    return vectors, {"step": step, "moment": moment, "momentum": momentum, "root": root}
+class Data:
+    """A set of `concepts/`: what a word is learned from, and what it is judged by."""
+
+    def __init__(self, model, name):
+        about = SETS[name]
+        self.model, self.name, self.noun = model, name, about["start"]
+        self.description, self.caption = about["description"], about["caption"]
+        self.is_style = is_style(name)
+        folder = ROOT / "concepts" / name
+        self.photos, self.unseen = (read_photos(part, model.size)[0] for part in (folder, folder / "heldout"))
+
+    @property
+    def prompt(self):
+        """The prompt that only names it."""
+        return "a painting in the style of {}" if self.is_style else "a photo of a {}"
+
+    @property
+    def scenes(self):
+        """Prompts that put it into each of PLACES."""
+        prompt = "a painting of a cat {} in the style of {{}}" if self.is_style else "a photo of a {{}} {}"
+        return [prompt.format(place) for place in PLACES.values()]
+
+    @property
+    def edits(self):
+        """Prompts that ask for something, and what for: {name: (prompt, asked)}."""
+        return STYLE_EDITS if self.is_style else EDITS
+
+    @cached_property
+    def heldout(self):
+        """Examples with S* that no word is learned from."""
+        return make_examples(self.model, "S*", self.unseen, setups.templates(self))
 
 
-def stratified(model, u, span):
-    """`timestep_at`, with the quantiles of a batch spread over equal parts of the range."""
-    return timestep_at(model, (torch.arange(len(u)) + u) / len(u), span)
+def is_style(name):
+    """Whether a set is of a style."""
+    return SETS[name]["kind"] == "style"
 
 
-DRAWS = {"independent": timestep_at, "stratified": stratified}
-
-
-def load_set(model, name):
-    """The examples to learn a set's word S* from, and the held-out ones."""
-    templates = STYLE_TEMPLATES if SETS[name]["kind"] == "style" else OBJECT_TEMPLATES
-    folder = ROOT / "concepts" / name
-    photos = (read_photos(part, model.size)[0] for part in (folder, folder / "heldout"))
-    return [make_examples(model, "S*", part, templates) for part in photos]
-
-
-def heldout_loss(model, heldout):
-    """The loss of S* on pictures that nobody has learned from, over the whole schedule: a fixed batch."""
-    return evaluate(model, heldout, span=(0.0, 1.0), size=64)
-
-
-def add_word(model, vectors):
-    """Make S* mean these vectors (n, D), and nothing else have a meaning of its own."""
-    model.concepts.clear()
-    model.tokenizer.words.clear()
-    return model.add_word("S*", vectors)
-
-
-def pictures(model, prompts, guidance):
-    """A picture of each prompt, always from the same noise."""
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    *_, x_0 = tinyti.sample(model, prompts, 12, guidance, "dpm++", generator=generators)
+def draw(model, prompts, seed, guidance=GUIDANCE, sampler="dpm++", steps=12):
+    """A picture of each prompt, from noise that `seed` and the picture's number decide."""
+    generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
+    *_, x_0 = tinyti.sample(model, prompts, steps, guidance, sampler, generator=generators)
     return [to_image(pixels) for pixels in model.decode(x_0)]
 
 
-@torch.no_grad()
-def scores(model, clip, tokenizer, name, guidance=GUIDANCE):
-    """What the pictures of S* are worth: {one of SCORES: value}, those of the judge if it has its weights.
+def heldout_loss(model, data):
+    """The loss of S* on pictures that nobody has learned from, over the whole schedule: a fixed batch."""
+    return evaluate(model, data.heldout, span=(0.0, 1.0), size=64)
 
-    Likeness: CLIP-I, and how many the judge takes for the one.  Obedience: how many show the scene that they
-    should, as the judge sees it, and the style, which is that of the caption nearest in CLIP's space.
+
+@torch.no_grad()
+def likeness(clip, data, pictures):
+    """How like a set pictures are: CLIP-I to those learned from and to others, and the judge's "the one"."""
+    training, unseen = ([to_image(photo.pixels) for photo in part] for part in (data.photos, data.unseen))
+    return {
+        "to training": clip_i(clip, pictures, training),
+        "to held-out": clip_i(clip, pictures, unseen),
+        "the one": (judge.judge(pictures)[:, judge.SETS.index(data.name)] > 0.5).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def scores(model, clip, data, text, seed=0, count=COUNT, **sampling):
+    """What pictures of a text are worth that stands for a set in prompts: {one of SCORES: value}.
+
+    Likeness: `likeness` of pictures of the text alone.  Obedience: the part of the pictures in which the
+    probe finds what each edit asks for, and the judge the scene.  CLIP-T: the mean over all prompts that ask
+    for something, against the prompt without the text.
     """
-    is_style, start, found = SETS[name]["kind"] == "style", SETS[name]["start"], {}
-    paint = partial(pictures, model, guidance=guidance)
-    drawn = paint(8 * ["a painting in the style of S*" if is_style else "a photo of S*"])
-    heldout = [Image.open(f).convert("RGB") for f in sorted((ROOT / "concepts" / name / "heldout").iterdir())]
-    found["clip_i"] = clip_i(clip, drawn, heldout)
-    if judge.FILE.exists():
-        found["judge"] = (judge.judge(drawn)[:, judge.SETS.index(name)] > 0.5).float().mean().item()
-        prompt = "a painting of a cat {} in the style of S*" if is_style else "a photo of S* {}"
-        drawn = paint([prompt.format(place) for place in 2 * list(PLACES.values())])
-        found["scene"] = statistics.mean(a == b for a, b in zip(2 * list(PLACES), judge.scenes(drawn)))
-    if not is_style:
-        captions = clip.encode_text(tokenizer([f"a {style} of a {start}" for style in STYLES]))
-        asked = torch.tensor(4 * [1, 2])  # the photos are no question
-        drawn = clip.encode_image(paint([f"a {STYLES[i]} of S*" for i in asked]))
-        found["style"] = ((drawn @ captions.T).argmax(1) == asked).float().mean().item()
+    encoder, tokenizer = clip
+    found = likeness(encoder, data, draw(model, count * [data.prompt.format(text)], seed, **sampling))
+    near = []
+    for name, (prompt, asked) in data.edits.items():
+        pictures = draw(model, count * [prompt.format(text)], seed, **sampling)
+        found[name] = statistics.mean(reading.obeys(**asked) for reading in probe.read(pictures))
+        near.append(clip_t(encoder, tokenizer, pictures, without(prompt)))
+    each, right = max(1, count // len(PLACES)), []
+    for place, prompt in zip(PLACES, data.scenes):
+        pictures = draw(model, each * [prompt.format(text)], seed, **sampling)
+        right += [scene == place for scene in judge.scenes(pictures)]
+        near.append(clip_t(encoder, tokenizer, pictures, without(prompt)))
+    return found | {"scene": statistics.mean(right), "clip-t": statistics.mean(near)}
+
+
+def without(prompt):
+    """A prompt with nothing in place of the word, as in the paper."""
+    return " ".join(prompt.replace("{}", "").split())
+
+
+def ground(picture):
+    """The word for the colour that most of a picture's border has."""
+    pixels = np.asarray(picture)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return concepts.nearest_word(tuple(np.median(border, axis=0)), world.SHADES)
+
+
+# --- runs and rows -----------------------------------------------------------------------------------------
+
+
+def run(model, clip, setup, name, seed, count=COUNT):
+    """Learn what a set-up learns from a set: {column: value} of SCORES."""
+    data, began = Data(model, name), time.perf_counter()
+    words = setup.learn(model, data, seed)
+    found = {"count": count, "seconds": round(time.perf_counter() - began, 1)}
+    setups.forget(model)
+    for word, vectors in words.items():
+        model.add_word(word, vectors)
+        found["length"] = vectors.norm(dim=-1).mean().item()
+        found["loss"] = heldout_loss(model, data)
+    if setup.pictures:
+        return found | likeness(clip[0], data, setup.pictures(data, seed))
+    found |= scores(model, clip, data, setup.text(data), seed, count, **setup.sampling)
+    if setup.ground:
+        pictures = draw(model, count * [data.prompt.format("S*")], seed)
+        found["ground"] = statistics.mean(ground(picture) == setups.ground_of(seed) for picture in pictures)
     return found
 
 
-def run(model, clip, name, seed, settings):
-    """Learn a set's word with these settings: its losses and scores."""
-    s, vocabulary = settings, model.text.table
-    row = model.tokenizer.single(SETS[name]["start"])
-    start = vocabulary.mean(0, True) if s["start"] == "mean" else vocabulary[[row]]
-    concept = add_word(model, start)
-    learned_from, heldout = load_set(model, name)
-    state = Inversion(model, concept, s["optimizer"], s["lr"])
-    if s["optimizer"] == "whitened":
-        cap = s["cap"] * vocabulary.norm(dim=-1).median().item()
-        choice = {"exponent": s["exponent"], "floor": s["floor"], "beta": s["momentum"]}
-        state.optimizer = partial(variant, lr=s["lr"], cap=cap, **choice)
-    found, seconds, began = {"loss 0": heldout_loss(model, heldout)}, 0.0, time.perf_counter()
-    on_the_way = CHECKPOINTS if label(s) in FIGURE else ()
-    average = patch.object(inversion, "AVERAGE", s["average"])
-    with average, patch.object(examples, "timestep_at", DRAWS[s["draws"]]):
-        steps, span = s["samples"] // s["batch"], (s["low"], s["high"])
-        for _ in invert(model, state, learned_from, steps, s["batch"], seed, span=span):
-            seconds += time.perf_counter() - began
-            for samples in on_the_way:
-                if state.step * s["batch"] >= samples and f"loss {samples}" not in found:
-                    found[f"loss {samples}"] = heldout_loss(model, heldout)
-            began = time.perf_counter()
-    last = f"loss {state.step * s['batch']}"
-    loss = found[last] if last in found else heldout_loss(model, heldout)
-    found |= {"loss": loss, "norm": concept.norm().mean().item(), "seconds": seconds}
-    return found | scores(model, *clip, name, s["guidance"])
-
-
-def label(row):
-    """What a row's settings change: "lr 0.02", or "default"."""
-    changed = [f"{key} {row[key]}" for key in DEFAULT if str(row[key]) != str(DEFAULT[key])]
-    return ", ".join(changed) or "default"
-
-
-def read(weights):
-    """The rows of the file that are of these weights, as text."""
-    if not FILE.exists():
+def read_rows(file):
+    """The rows of a file, as text; a row that a kill has cut is left out."""
+    if not file.exists():
         return []
-    with FILE.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["weights"] == weights]
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    return list(csv.DictReader(whole.splitlines()))
 
 
-def append(row):
-    """Add a row to the file."""
-    is_new = not FILE.exists()
-    with FILE.open("a", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            lines.writeheader()
-        lines.writerow(row)
+def append_row(file, row, columns=COLUMNS):
+    """Add a row to a file; numbers with four digits."""
+    whole = file.read_bytes() if file.exists() else b""
+    with file.open("r+" if whole else "w", newline="", encoding="utf-8") as lines:
+        lines.seek(whole.rfind(b"\n") + 1)
+        lines.truncate()  # what a kill has cut
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
+        if not lines.tell():
+            writer.writeheader()
+        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def table(rows):
-    """Means over sets and seeds; the loss also against the default's on the same, ± standard error."""
-    groups, columns = defaultdict(list), COLUMNS[len(KEYS) :]
-    for row in rows:
-        groups[label(row)].append(row)
-    losses = {(label(row), row["set"], row["seed"]): float(row["loss"]) for row in rows}
-    lines = [["changed", "runs", *columns, "loss − default's"], ["---"] * (len(columns) + 3)]
-    for name, group in groups.items():
-        found = [[float(row[column]) for row in group if row[column]] for column in columns]
-        keys = [("default", row["set"], row["seed"]) for row in group]
-        d = [float(row["loss"]) - losses[key] for row, key in zip(group, keys) if key in losses]
-        cells = [f"{statistics.mean(values):.4g}" if values else "" for values in found]
-        error = f"{statistics.mean(d):+.5f} ± {statistics.stdev(d) / len(d) ** 0.5:.5f}" if len(d) > 1 else ""
-        lines.append([name, str(len(group)), *cells, error])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines if line[1] != "0")
+def provenance():
+    """What the rows of today are computed by: the commit and the CPU."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    models = [line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {"commit": commit, "cpu": models[0].split(":")[1].strip() if models else platform.processor()}
 
 
-FIGURE = {  # settings whose losses on the way are shown
-    "default": "whitened, from the vocabulary's mean",
-    "optimizer adam, lr 0.005, samples 2000, start word, average 1, low 0.0, high 1.0": "Adam, as the paper",
-}
-
-
-def figure(rows):
-    """Draw study.png: the held-out loss against the samples seen, a mean over sets and seeds."""
-    from matplotlib import pyplot as plt
-
-    plt.figure(figsize=(6, 3), dpi=100)
-    for name, title in FIGURE.items():
-        group = [row for row in rows if label(row) == name]
-        seen = [n for n in CHECKPOINTS if group and all(row[f"loss {n}"] for row in group)]
-        losses = [statistics.mean(float(row[f"loss {n}"]) for row in group) for n in seen]
-        plt.plot(seen, losses, "o-", label=f"{title} ({len(group)} runs)")
-    plt.xlabel("samples")
-    plt.ylabel("held-out loss")
-    plt.legend()
-    plt.tight_layout()
-    plt.savefig(FILE.with_suffix(".png"))
+def read_lines(file):
+    """The lines of a file, none where it is not there."""
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
 def digest(weights):
@@ -265,32 +223,177 @@ def digest(weights):
     return found.hexdigest()[:8]
 
 
-def main():
-    """Run what is missing, or show what there is."""
-    parser = argparse.ArgumentParser(description="What each setting does to the quality of a word.")
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "tiny", help="with a clip/ in it")
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="some settings, as --table calls them")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="print what there is")
-    parser.add_argument("--figure", action="store_true", help="draw study.png of what there is")
-    args = parser.parse_args()
-    weights = digest(args.weights)
-    if args.table or args.figure:
-        return print(table(read(weights))) if args.table else figure(read(weights))
+def compute(args, table, file):
+    """Append the rows of a table that are missing."""
+    weights, where = digest(args.weights), provenance()
     model, clip = tinyti.load(args.weights), tinyti.load_clip(args.weights / "clip")
-    there = {tuple(row[key] for key in KEYS) for row in read(weights)}
+    there = {tuple(row[key] for key in KEYS) for row in read_rows(file)}
     for seed in args.seeds:
-        for settings in (DEFAULT | change for change in STUDY):
-            for name in args.sets:
-                row = {"weights": weights, "set": name, "seed": seed} | settings
-                title, key = label(row), tuple(str(row[key]) for key in KEYS)
-                if key not in there and title in (args.only or [title]):
-                    row |= run(model, clip, name, seed, settings)
-                    append(row)
-                    there.add(key)
-                    print(f"{name} {seed}: {title}: loss {row['loss']:.4f}", flush=True)
+        for label, setup in TABLES[table].items():
+            for name in args.sets or (PAPER_SETS if table == "paper" else SETS):
+                row = dict(zip(KEYS, (label, name, str(seed), weights)))
+                is_wanted = label in (args.only or [label]) and not (setup.ground and is_style(name))
+                if is_wanted and tuple(row.values()) not in there:
+                    append_row(file, row | where | run(model, clip, setup, name, seed, args.count))
+                    print(f"{label}: {name}, seed {seed}", flush=True)
 
+
+def compute_bias(args, file):
+    """Append how many of 64 pictures have each colour, of "car" and of a word from `concepts/cars`.
+
+    The paper's section 4.4.  In the miniature's world every other car is red, on purpose.
+    """
+    model, there = tinyti.load(args.weights), read_rows(file)
+    photos = read_photos(ROOT / "concepts" / "cars", model.size)[0]
+    data = SimpleNamespace(name="cars", is_style=False, noun="car", photos=photos)
+    for seed in args.seeds:
+        for text in ("car", "S*"):
+            if any(row["text"] == text and row["seed"] == str(seed) for row in there):
+                continue
+            words = setups.learn(model, data, seed) if text == "S*" else {}
+            setups.forget(model)
+            for word, vectors in words.items():
+                model.add_word(word, vectors)
+            readings = probe.read(draw(model, 64 * [f"a photo of a {text}"], seed))
+            counts = Counter(reading.colour for reading in readings)
+            cars = sum(reading.thing == "car" for reading in readings)
+            colours = {colour: counts[colour] for colour in world.COLOURS}
+            append_row(file, {"text": text, "seed": seed, "cars": cars} | colours, BIAS_COLUMNS)
+            print(f"{text}, seed {seed}: {cars} cars, {counts['red']} red of 64", flush=True)
+
+
+# --- tables and figures ------------------------------------------------------------------------------------
+
+
+def obedience(rows):
+    """The mean over EDITS and STYLE_EDITS of each row, in the order of the rows; None where none counts.
+
+    An edit counts for a set where the set's noun obeys it in half of the pictures or more: what the model
+    itself cannot draw says nothing of a word.
+    """
+    able = able_edits(rows)
+    found = []
+    for row in rows:
+        values = [float(row[edit]) for edit in able.get(row["set"], ()) if row[edit]]
+        found.append(statistics.mean(values) if values else None)
+    return found
+
+
+def able_edits(rows):
+    """{set: edits that its noun obeys in half of the pictures or more}, from the rows of NOUN."""
+    found = defaultdict(list)
+    for name in SETS:
+        nouns = [row for row in rows if row["setup"] == NOUN and row["set"] == name]
+        for edit in (*EDITS, *STYLE_EDITS):
+            values = [float(row[edit]) for row in nouns if row[edit]]
+            if values and statistics.mean(values) >= 0.5:
+                found[name].append(edit)
+    return found
+
+
+def spread(rows, values):
+    """Mean over rows, and the standard deviation of the seeds' means: (mean, deviation), None for nothing."""
+    seeds = defaultdict(list)
+    for row, value in zip(rows, values):
+        if value not in (None, ""):
+            seeds[row["seed"]].append(float(value))
+    means = [statistics.mean(found) for found in seeds.values()]
+    if not means:
+        return None
+    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
+
+
+SHOWN = ("to training", "to held-out", "the one", "clip-t", "obedience", "scene", "ground", "loss", "length")
+
+
+def summary(rows, table):
+    """{set-up: {column: (mean, deviation)} and "runs"} of a table."""
+    scored = [row | {"obedience": value} for row, value in zip(rows, obedience(rows))]
+    found = {}
+    sets = PAPER_SETS if table == "paper" else SETS
+    for label in TABLES[table]:
+        group = [row for row in scored if row["setup"] == label and row["set"] in sets]
+        found[label] = {"runs": len(group)}
+        found[label] |= {column: spread(group, [row[column] for row in group]) for column in SHOWN}
+    return found
+
+
+def markdown(rows, table):
+    """A table of means over sets and seeds, ± the standard deviation of a seed's mean."""
+    lines = [["set-up", "runs", *SHOWN], ["---"] * (len(SHOWN) + 2)]
+    for label, means in summary(rows, table).items():
+        cells = [show(means[column], 4 if column == "loss" else 2) for column in SHOWN]
+        lines.append([label, str(means["runs"] or "missing"), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(value, digits):
+    """(mean, deviation) as text."""
+    if value is None:
+        return ""
+    mean, deviation = value
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def figure(rows, table, file):
+    """Draw likeness against obedience, as the paper's Figure 10: a point a set-up, with its spread."""
+    from matplotlib import pyplot as plt
+
+    _, axes = plt.subplots(figsize=(7, 5), dpi=110)
+    for label, means in summary(rows, table).items():
+        x, y = means["obedience"], means["the one"]
+        if x and y:
+            axes.errorbar(x[0], y[0], y[1] or 0, x[1] or 0, "o", ms=4, lw=0.7)
+            axes.annotate(label, (x[0], y[0]), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("obedience: pictures that show what the prompt asks for")
+    axes.set_ylabel("likeness: pictures taken for the one")
+    plt.tight_layout()
+    plt.savefig(file)
+
+
+TABLES = {"settings": setups.SETTINGS, "paper": setups.PAPER}
+NOUN = "coarse word"
+
+
+def main():
+    """Compute what is missing, or show what there is."""
+    parser = argparse.ArgumentParser(prog="python -m notebooks.study", description=__doc__.split("\n")[0])
+    parser.add_argument("table", choices=(*TABLES, "bias"), nargs="?", default="paper")
+    parser.add_argument("--weights", type=Path, default=TINY, help="a model folder with a clip/ in it")
+    parser.add_argument("--only", nargs="+", metavar="SETUP", help="some set-ups, as --table calls them")
+    parser.add_argument("--sets", nargs="+", choices=SETS, help="by default all, or the paper's four")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=COUNT, help="pictures a prompt")
+    parser.add_argument("--table", action="store_true", dest="show", help="print the table")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw likeness against obedience")
+    parser.add_argument("--quick", action="store_true", help="a few rows of each table, into no file")
+    args = parser.parse_args()
+    if args.quick:
+        return quick(args)
+    if args.table == "bias":
+        return compute_bias(args, BIAS_FILE)
+    if not (args.show or args.figure):
+        compute(args, args.table, FILE)
+    rows = [row for row in read_rows(FILE) if row["weights"] == digest(args.weights)]
+    if args.show:
+        print(markdown(rows, args.table))
+    if args.figure:
+        figure(rows, args.table, args.figure)
+
+
+def quick(args):
+    """Some rows of each table on one set, four pictures a prompt, in a temporary file; print the tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / FILE.name
+        args.sets, args.seeds, args.count = args.sets or ["robot"], [0], 4
+        for table, some in {"settings": QUICK_SETTINGS, "paper": QUICK_PAPER}.items():
+            args.only = some
+            compute(args, table, file)
+            print(markdown(read_rows(file), table))
+
+
+QUICK_SETTINGS = ["default"]
+QUICK_PAPER = [NOUN, "progressive, 2 words", "a word for each picture", "training pictures"]
 
 if __name__ == "__main__":
     main()

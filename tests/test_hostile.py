@@ -40,7 +40,8 @@ def rows(program, names, values, message=None, *more):
 REFUSED = [
     *rows(train_py, "steps batch-size accumulate save-every vectors size", NO_WHOLE),
     *rows(train_py, "seed", NO_SEED),
-    *rows(train_py, "lr", [*NO_NUMBER, "0", "1e300", "-0.0"]),
+    *rows(train_py, "lr", [*NO_NUMBER, "0", "1e300", "-0.0"], None, "--optimizer=adam"),
+    *rows(train_py, "angle", [*NO_NUMBER, "0", "1.6", "-0.0"]),
     *rows(train_py, "optimizer precision prediction", NO_CHOICE),
     *rows(train_py, "device", NO_DEVICE),
     *rows(train_py, "token init", NO_TEXT),

@@ -65,8 +65,10 @@ def test_it_works_where_it_is_installed(wheel, tmp_path):
 def test_programs_find_the_miniature_from_another_folder(tmp_path):
     flags = ("--steps", "1", "--count", "1", "--size", "16", "--device", "cpu", "--out", "out")
     python(ROOT / "sample.py", "a cat", *flags, cwd=tmp_path)
-    assert (tmp_path / "out" / "01-a-cat-0.png").is_file()
+    assert (tmp_path / "out" / "01.png").is_file()
 
 
 def test_the_study_finds_its_rows_from_another_folder(tmp_path):
-    assert "| default |" in python(ROOT / "notebooks" / "study.py", "--table", cwd=tmp_path)
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from notebooks import study; study.main()"
+    table = python("-c", command, "settings", "--table", cwd=tmp_path).splitlines()
+    assert any(line.startswith("| default | 30 |") for line in table)

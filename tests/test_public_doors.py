@@ -118,7 +118,7 @@ DOORS = {
     "attention_maps size": (lambda x, v: x.attend(size=v), [*numbers(None), *NO_SIZES]),
     "attention_maps prompts": (lambda x, v: x.attend(prompts=v), [*NO_PROMPTS, "a", ["a S*", "a"]]),
     "Inversion optimizer": (lambda x, v: x.begin(v), numbers()),
-    "Inversion lr": (lambda x, v: x.begin(lr=v), numbers(None, 1.5, 2**70)),
+    "Inversion step_size": (lambda x, v: x.begin(step_size=v), numbers(None, 1.5)),
     "invert steps": (lambda x, v: x.invert(steps=v), numbers(2**70)),
     "invert batch_size": (lambda x, v: x.invert(batch_size=v), numbers()),
     "invert accumulate": (lambda x, v: x.invert(accumulate=v), numbers(2**70)),

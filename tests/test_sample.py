@@ -51,7 +51,7 @@ def test_a_picture_depends_on_its_seed_alone(word, tmp_path):
     flags = ("S* at night", "--words", word, "--steps", "3")
     draw(*flags, "--count", "3", "--out", tmp_path / "three")
     draw(*flags, "--count", "1", "--seed", "2", "--out", tmp_path / "one")
-    a, b = (pixels(tmp_path / folder / "01-S-at-night-2.png") for folder in ("three", "one"))
+    a, b = pixels(tmp_path / "three" / "01-S-at-night-2.png"), pixels(tmp_path / "one" / "01.png")
     assert abs(a - b).max() <= 1  # rounding in kernels for other batch sizes
 
 
@@ -65,11 +65,11 @@ def test_no_picture_takes_the_place_of_another(word, tmp_path, capsys):
     flags = ("--words", word, "--steps", "1", "--count", "1", "--out", tmp_path)
     assert draw("S*", "S*!", "S*?", "(S*)", *flags) == 0
     assert len(list(tmp_path.iterdir())) == 5
-    kept = (tmp_path / "01-S-0.png").read_bytes()
+    kept = (tmp_path / "01.png").read_bytes()
     assert draw("S*", *flags, "--steps", "2") == 2 and "is there already" in capsys.readouterr().err
-    assert (tmp_path / "01-S-0.png").read_bytes() == kept
+    assert (tmp_path / "01.png").read_bytes() == kept
     assert draw("S*", *flags, "--steps", "2", "--force") == 0
-    assert (tmp_path / "01-S-0.png").read_bytes() != kept
+    assert (tmp_path / "01.png").read_bytes() != kept
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_from_a_picture(word, room, tmp_path):
     for strength in ("0.1", "1"):
         flags = ("--words", word, "--steps", "10", "--count", "1", "--image", image, "--strength", strength)
         assert draw("S*", *flags, "--out", tmp_path / strength) == 0
-        far.append(abs(pixels(tmp_path / strength / "01-S-0.png") - cropped).mean())
+        far.append(abs(pixels(tmp_path / strength / "01.png") - cropped).mean())
     assert far[0] < far[1]
-    about = json.loads(Image.open(tmp_path / "1" / "01-S-0.png").text["tinyti"])
+    about = json.loads(Image.open(tmp_path / "1" / "01.png").text["tinyti"])
     assert (about["image"], about["strength"]) == ("room.png", 1.0) and "mask" not in about
 
 
@@ -167,3 +167,11 @@ def test_sample_refuses(word, room, tmp_path, capsys):
         size = [] if "--size" in arguments else ["--size", "16"]
         out = ["--device", "cpu", "--out", tmp_path / "out"]
         refuses(sample_py, [*arguments, *size, *out], tmp_path, capsys, message)
+
+
+def test_names_of_pictures(tmp_path):
+    """One picture a prompt has a name that one types; several say what they are, also of endless prompts."""
+    assert sample_py.picture_files(tmp_path, 1, "a dog", range(7, 8)) == [tmp_path / "01.png"]
+    names = [file.name for file in sample_py.picture_files(tmp_path, 2, "a photo of S*, " * 9, range(2))]
+    assert names == [f"02-a-photo-of-S-a-photo-of-S-a-photo-of-S-a-{seed}.png" for seed in (0, 1)]
+    assert sample_py.picture_files(tmp_path, 3, "?!", range(2))[0] == tmp_path / "03-picture-0.png"

@@ -13,10 +13,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for whatever was refused."""
     parser = cli.Parser("Show or convert learned words.")
     parser.prog = "python -m tinyti.convert"
-    parser.add_argument("IN", help="a word's file, or the folder that train.py wrote")
+    parser.add_argument("IN", help="a learned word: a file, or the folder that train.py wrote")
     parser.add_argument("OUT", nargs="?", help="write this .safetensors (diffusers) or .pt (AUTOMATIC1111)")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
-    parser.add_argument("--weights", help="the words' model, to show the nearest vocabulary words too")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--weights", metavar="PATH", help="diffusion model, to show the nearest words, too")
     return cli.run_program("tinyti.convert", lambda: convert(parser.parse_args(arguments)))
 
 

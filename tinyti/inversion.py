@@ -17,18 +17,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .concept import Concept
+from .concept import Concept, word_length
 from .examples import Batch, Examples, draw_batch
 from .graphs import record_graph
 from .model import LatentDiffusion
 from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
-OPTIMIZERS = {"whitened": (whitened, 1e-2), "adam": (adam, 5e-3)}  # and their learning rates
+OPTIMIZERS = {"whitened": (whitened, 0.12), "adam": (adam, 5e-3)}  # and their steps: an angle, a rate
 AVERAGE = 10  # the word is a running average of about the last 10 points of the path
 EVALUATE_EVERY = 5  # steps
 EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
-CAP = 4.5  # how long whitened steps may make a vector, in median lengths of the vocabulary's rows
 # The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
 # plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
 TIMESTEPS = (0.25, 0.95)
@@ -47,28 +46,33 @@ class Point(NamedTuple):
 class Inversion:
     """The state of a word while it is learned; `invert` takes it from step to step.
 
-    Each step sees only a few samples, so the path is noisy.  The word is its running average, and that is
-    what prompts use (`concept`).  `evaluations` are the losses on the fixed batch, from step 0 on; `log` has
-    each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
+    `step_size` is the angle of a whitened step, in radians, or Adam's learning rate.  Whitened steps keep the
+    vectors as long as a real word.  Each step sees only a few samples, so the path is noisy.  The word is its
+    running average over `average` steps; prompts use that (`concept`).  `optimizer` may be replaced by a
+    function like those in whitened.py.  `evaluations` are losses on the fixed batch, from step 0 on; `log`
+    has each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
     """
 
     def __init__(
-        self, model: LatentDiffusion, concept: Concept, optimizer: str = "whitened", lr: float | None = None
+        self,
+        model: LatentDiffusion,
+        concept: Concept,
+        optimizer: str = "whitened",
+        step_size: float | None = None,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r:.100}; there are {', '.join(OPTIMIZERS)}")
         function, default = OPTIMIZERS[optimizer]
-        lr = default if lr is None else lr
-        if not 0 < lr < math.inf:
-            raise ValueError(f"the learning rate is {lr}; it must be a number above 0")
-        self.optimizer = partial(function, lr=lr)
-        if function is whitened:
-            lengths = model.text.table.float().norm(dim=-1)
-            longest = concept.norm().max().item()  # a start may be longer than the cap
-            self.optimizer = partial(self.optimizer, cap=max(CAP * lengths.median().item(), longest))
+        size = default if step_size is None else step_size
+        if not 0 < size < (math.pi / 2 if function is whitened else math.inf):
+            raise ValueError(f"the step is {size}; expected an angle below π/2, or a rate, above 0")
+        length = word_length(model.text.table)
+        settings = {"angle": size, "length": length} if function is whitened else {"lr": size}
+        self.optimizer = partial(function, **settings)
         self.concept = concept
         self.start = concept.vectors.detach().clone()
         self.point = Point(0, self.start, self.start, {}, 2.0**16 if model.dtype == torch.float16 else 1.0)
+        self.average = AVERAGE
         self.evaluations: list[float] = []
         self.log: list[Tensor] = []
 
@@ -94,7 +98,7 @@ class Inversion:
             scale = scale / 2
         else:
             path, memory = self.optimizer(path, gradients, memory)
-            vectors = vectors.lerp(path, max(2 / (step + 2), 1 / AVERAGE))
+            vectors = vectors.lerp(path, max(2 / (step + 2), 1 / self.average))
         # An fp16 overflow only costs the batch: log 0 instead of NaN.
         loss, gradient = losses.mean().nan_to_num(), gradients.mean(dim=0).norm().nan_to_num()
         del self.log[step:]  # of a step that Ctrl-C cut off
@@ -259,11 +263,12 @@ def diagnose(state: Inversion) -> str | None:
     if not state.is_finite() and state.step == 0:
         return "the loss is not a number from the start; check the weights, or take another --precision"
     if not state.is_finite():
-        return "the vector or the loss is not a number; lower --lr, or take --precision bf16 or fp32"
+        return "the vector or the loss is not a number; take a smaller --lr, or --precision bf16 or fp32"
     if torch.equal(state.vectors, state.start):
         return "the vector has not moved: its gradient was zero"
     if last >= first:
-        return f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f}); try another --lr or --init"
+        found = f"the evaluation loss has not fallen ({first:.4f}, now {last:.4f})"
+        return f"{found}; try another --init or a smaller step"
     return None
 
 

@@ -16,33 +16,46 @@ Memory = dict[str, int | Tensor]
 
 
 def whitened(
-    vectors: Tensor, gradients: Tensor, memory: Memory, lr: float, cap: float = math.inf
+    vectors: Tensor, gradients: Tensor, memory: Memory, angle: float, length: float
 ) -> tuple[Tensor, Memory]:
-    """A step along the momentum, whitened by the full second moment of the gradients.
+    """Turn the vectors by an angle (radians), against the whitened gradients, at one length."""
+    direction, memory = whiten(gradients, memory)
+    return turn(vectors, direction, angle, length), memory
+
+
+def whiten(gradients: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """The momentum of the gradients (B, n, D), whitened by their full second moment: d (n, D).
 
     Full-matrix AdaGrad (Duchi, Hazan and Singer, JMLR 12, 2011) walks along M^(-1/2) g, M (D, D) being the
     sum of all g gᵀ so far.  A network has too many parameters for that; a vector has 128 … 1280.  M^(-1/2)
     makes the gradients' noise alike in all directions, so that a step follows what the samples agree on, also
-    where they differ most.  For each vector v of the word, with g_b the gradient of sample b:
+    where they differ most.  For each vector of the word, with g_b the gradient of sample b:
 
-        M <- M + mean_b g_b g_bᵀ        m <- 0.9 m + 0.1 mean_b g_b
-        d  = M^(-1/2) m                 v <- v - lr √D d / ‖d‖
+        M <- M + mean_b g_b g_bᵀ        m <- 0.9 m + 0.1 mean_b g_b        d = M^(-1/2) m
 
-    Two things differ from the paper.  Momentum takes the gradient's place.  And the step is normalised, so
-    that its root mean square is `lr` per number; M as a sum or a mean, m with or without a correction for
-    its start, are then the same.  Eigenvalues are floored at FLOOR of the largest: M has a rank of at most
-    B after the first step.  `cap` is the longest that a vector may become: without it vectors grow with each
-    step, and the longer they are, the less do the other words of a prompt count.
+    Momentum takes the gradient's place.  Only the direction of d is used, so M may be a sum or a mean.
+    Eigenvalues are floored at FLOOR of the largest: M has a rank of at most B after the first step.
     """
     g = gradients.transpose(0, 1)  # (n, B, D)
     step = memory.get("step", 0) + 1
     moment = memory.get("moment", 0) + g.mT @ g / g.shape[1]  # M of each vector, (n, D, D)
     momentum = 0.9 * memory.get("momentum", 0) + 0.1 * g.mean(dim=1)
     root = inverse_root(moment) if step == 1 or step % EVERY == 0 else memory["root"]
-    direction = F.normalize((root @ momentum[..., None])[..., 0], dim=-1)
-    vectors = vectors - lr * vectors.shape[1] ** 0.5 * direction
-    vectors = vectors * (cap / vectors.norm(dim=-1, keepdim=True)).clamp(max=1)
-    return vectors, {"step": step, "moment": moment, "momentum": momentum, "root": root}
+    direction = (root @ momentum[..., None])[..., 0]
+    return direction, {"step": step, "moment": moment, "momentum": momentum, "root": root}
+
+
+def turn(vectors: Tensor, direction: Tensor, angle: float, length: float) -> Tensor:
+    """Turn vectors (n, D) by an angle away from d (n, D), on the sphere of vectors of one length:
+
+        u = v / ‖v‖        d <- d - (d·u) u        u <- normalise(u - tan(angle) d / ‖d‖)        v <- length u
+
+    Zeros have no direction: the first step from there goes to -d / ‖d‖.
+    """
+    u = F.normalize(vectors, dim=-1)
+    tangent = F.normalize(direction - (direction * u).sum(dim=-1, keepdim=True) * u, dim=-1)
+    turned = length * F.normalize(u - math.tan(angle) * tangent, dim=-1)
+    return torch.where((direction == 0).all(dim=-1, keepdim=True), vectors, turned)  # no gradient, no step
 
 
 def adam(vectors: Tensor, gradients: Tensor, memory: Memory, lr: float) -> tuple[Tensor, Memory]:

@@ -20,7 +20,7 @@ from .sides import RECIPE, Theirs
 
 def quality(args):
     """Both programs whole, with their defaults: time, samples and what the word is worth, means over sets."""
-    from notebooks import study
+    from notebooks import setups, study
 
     model, clip = tinyti.load(args.weights), tinyti.load_clip(Path(args.weights) / "clip")
     found = {}
@@ -28,11 +28,12 @@ def quality(args):
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
                 for key, (seconds, file) in programs(args, name, seed, Path(out), study.SETS[name]).items():
-                    study.add_word(model, next(iter(read_words(file).values())))
-                    loss = study.heldout_loss(model, study.load_set(model, name)[1])
-                    scores = {"seconds": seconds, "loss": loss} | study.scores(model, *clip, name)
-                    found.setdefault(key, []).append(scores)
-    columns = ("seconds", "loss", *study.SCORES)
+                    setups.forget(model)
+                    model.add_word("S*", next(iter(read_words(file).values())))
+                    data = study.Data(model, name)
+                    scores = {"seconds": seconds, "loss": study.heldout_loss(model, data)}
+                    found.setdefault(key, []).append(scores | study.scores(model, clip, data, "S*"))
+    columns = ("seconds", *study.SCORES)
     head("program", "samples", *columns)
     for (side, samples), runs in found.items():
         cells = [[run[column] for run in runs if column in run] for column in columns]

@@ -25,11 +25,23 @@ from ..model import LatentDiffusion, load
 from .miniature import TINY
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that names a flag's default if it has one and the text does not say it."""
+
+    def _get_help_string(self, action):
+        text, default = action.help, action.default
+        nothing = isinstance(default, bool) or default in (None, "", [], argparse.SUPPRESS)
+        if nothing or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{text} (default: {shown})"
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults in its help, and raises ValueError for what it does not understand."""
+    """A parser with plain help, which raises ValueError for what it does not understand."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args
@@ -93,23 +105,33 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         type=path_type,
         default=str(TINY),
         metavar="PATH",
-        help="model folder, single file or name on the Hugging Face hub, see weights/README.md",
+        help="diffusion model: folder, single file or name on the Hugging Face hub (weights/README.md); "
+        "by default the bundled miniature",
     )
-    add("--download", action="store_true", help="fetch --weights and --words that are named and not there")
-    add("--tokenizer", type=path_type, metavar="FOLDER", help="for a single file that has none beside it")
-    add("--prediction", choices=("epsilon", "v_prediction"), help="for single files of Stable Diffusion 2")
+    add("--download", action="store_true", help="download what is named on the hub and not in its cache")
+    add(
+        "--tokenizer",
+        type=path_type,
+        metavar="FOLDER",
+        help="vocabulary of a single-file model, if none is beside it",
+    )
+    add(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="what the UNet predicts, the noise or v; single files of Stable Diffusion 2 do not say it",
+    )
     add(
         "--clip-skip",
         type=number_type(1, 99, int),
         default=1,
         metavar="N",
-        help="layer of the text transformer to read, from its end; 1 is the last, anime models take 2",
+        help="layer of the text transformer to take, from its end; 1 is the last, anime models take 2",
     )
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first that is there")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first available")
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="of the networks; by default bf16 on GPUs that have it, else fp32",
+        help="dtype of the networks; by default bf16 on GPUs that support it, else fp32",
     )
 
 
@@ -170,7 +192,7 @@ def _quote(word):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks: all but one of torchrun's do not."""
+    """Whether this process writes files and messages; of torchrun's only one does."""
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
@@ -185,7 +207,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Tolerant:
-    """A stream for what is told about the work: where it cannot be written, the work goes on without it."""
+    """A stream for messages.  If it cannot be written, the work goes on without it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -250,7 +272,7 @@ def interrupting_signals() -> Iterator[None]:
 
 
 def run_program(program: str, function: Callable[[], int]) -> int:
-    """Call function() -> exit status, and turn what ends it early into one line and a status.
+    """Call function() -> exit status; turn an error or an interrupt into one line and a status.
 
     2: bad input; 1: a result that is of no use; 130: Ctrl-C; 143: SIGTERM.
     """
@@ -287,7 +309,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 
 def explain_runtime_error(error: Exception) -> str | None:
-    """A line on what PyTorch raises where memory or another process is missing; None for anything else."""
+    """Explain PyTorch's errors of memory and of lost processes in a line; None for any other."""
     text = str(error)
     if isinstance(error, MemoryError) or "memory" in text:
         size = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)

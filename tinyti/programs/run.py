@@ -24,7 +24,7 @@ from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
 from .sheet import add_curve, draw_sheet
 
-FORMAT = b"tinyti run 1"  # a change of what state.pt holds is a change of this
+FORMAT = b"tinyti run 1"  # change it whenever state.pt holds something else
 WORD_FILE = "learned_embeds.safetensors"
 FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
 MOST_STATE_BYTES = 2 * 2**30  # of a state.pt
@@ -74,12 +74,12 @@ class Run:
         self.prompts = [prompt.replace("{}", args.token) for prompt in preview_prompts(args)]
         if without := [p for p in self.prompts if not model.tokenizer.has_word(p, args.token)]:
             raise ValueError(f"--preview {without[0]!r} is without the word {args.token}; write {{}} for it")
-        self.ceiling = None  # what the autoencoder leaves of the photos: no word can draw them better
+        self.ceiling = None  # the autoencoder's copy of the photos: no word can draw them better
         self.rows = {}  # the pictures of them, drawn when they are first shown
         self.stack = ExitStack()  # the folder, locked
         self.saved_step = None  # of the state.pt that is there
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        self.problem = None  # with the sheet of pictures
+        self.problem = None  # what kept progress.png from being written
         if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
@@ -109,14 +109,17 @@ class Run:
                 for step, vectors in saved["previews"].items():
                     vectors = check_vectors(vectors, self.args.token, file)
                     self.previews[int(step)] = vectors.to(self.state.start).view_as(self.state.start)
-        except Exception:  # what others have written into it raises almost anything
+        except Exception:  # a file that others wrote raises almost anything
             raise _damaged(file) from None
         if difference is not None:
             raise ValueError(one_line(f"--resume: {difference}"))
         self.saved_step = self.state.step
 
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
-        """What is another than in a saved run, in a line; None if it is the same run."""
+        """How the run differs from a saved one, in a line; None if it is the same."""
+        if settings["optimizer"] == "whitened" and "angle" not in settings:
+            found = "was begun by an earlier version, whose whitened steps were of another form"
+            return f"{self.folder} {found}; take --force to begin anew"
         before, now = self._meaning(settings), self._meaning(self.settings)
         if changed := [name for name in now if before[name] != now[name]]:
             other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
@@ -127,10 +130,11 @@ class Run:
         return difference and f"{difference} than before; take --force to begin anew"
 
     def _meaning(self, settings: dict) -> dict:
-        """Settings as they are meant: defaults filled in, one spelling for a name."""
-        settings = {"clip_skip": 1} | settings  # earlier versions had no such flag
+        """Settings with defaults filled in and one spelling for a name."""
+        settings = {"clip_skip": 1, "angle": None} | settings  # earlier versions had no such flags
+        optimizer = settings["optimizer"]
         defaults = {
-            "lr": OPTIMIZERS[settings["optimizer"]][1],
+            "angle" if optimizer == "whitened" else "lr": OPTIMIZERS[optimizer][1],
             "size": self.model.size,
             "prediction": self.model.schedule.prediction_type,
         }
@@ -149,7 +153,7 @@ class Run:
         return self
 
     def _lock(self, stack):
-        """Keep other runs out of the folder until the stack is closed; ValueError if one is there."""
+        """Lock the folder until the stack is closed; ValueError if another run holds it."""
         with suppress(ImportError):
             import fcntl  # not on Windows, where nothing keeps two runs apart
 
@@ -168,7 +172,7 @@ class Run:
                 raise kind(f"interrupted; step {self.state.step} is saved, --resume goes on") from None
 
     def keep(self) -> None:
-        """After each step: remember what is to be shown of it, and save every so often."""
+        """After each step: remember what progress.png shows of it, and save from time to time."""
         self._remember()
         step = self.state.step
         if step % self.args.save_every == 0 and self.state.is_finite():
@@ -206,7 +210,7 @@ class Run:
             self._save_sheet(last)
 
     def _save_sheet(self, last):
-        """Write progress.png; it only shows the run, so what goes wrong with it does not end the run."""
+        """Write progress.png.  It only shows the run, so a failure here does not end the run."""
         before, self.problem = self.problem, None
         try:
             sheet = self.progress(last)
@@ -266,7 +270,7 @@ def folder_name(token: str) -> str:
 
 
 def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> dict:
-    """What tells a model, photos and templates from others, whatever their paths are.
+    """A fingerprint of a model, photos and templates, whatever their paths are.
 
     A model is told by its vocabulary, its schedule, its tensors' names and shapes and four numbers of each.
     A photo is told by its file's bytes and, if these differ, by its pixels and its caption.
@@ -295,7 +299,7 @@ def _digest_photo(photo):
 
 
 def compare_fingerprints(before: dict, now: dict) -> str | None:
-    """What is another than before, as the beginning of a sentence; None if nothing is."""
+    """The first difference of two fingerprints, as the beginning of a sentence; None if they are equal."""
     if not isinstance(before, dict):
         raise TypeError("it is no fingerprint")
     samples = before["samples"], now["samples"]

@@ -298,6 +298,19 @@ def make_set(name):
     }
 
 
+def make_cars():
+    """Return five pictures of cars of five colours, for a word that is less red than this world's "car"."""
+    lot, pictures = random.Random(f"{SETS_SEED} cars"), []
+    colours = lot.sample([colour for colour in world.COLOURS if colour != "red"], 5)
+    for colour, scene in zip(colours, lot.sample(tuple(world.SCENES)[1:], 5)):
+        details = world.colouring(lot, "car", colour)
+        car = {"thing": "car", "colour": colour, "details": details, "scene": scene, "backdrop": ""}
+        car |= {"identity": world.identity(lot, "car", colour, details)}
+        car |= {"who": "", "style": "photo", "manner": ""}
+        pictures.append(draw_for_set("cars", world.attributes(lot) | car))
+    return pictures
+
+
 # --- the best captions without a new word ------------------------------------------------------------------
 
 
@@ -388,7 +401,9 @@ named, their exact colours, proportions and markings cannot. `fox` is a figure w
 three styles are not in its vocabulary. The last column is the best that the miniature can do without a new
 word: of 200 captions for each set, those of the lowest loss, and of these the one whose pictures are most
 like the set (`python -m weights.recipe.concepts --search weights/tiny`). `concepts.json` has it too, with a
-word to start from and a caption for every picture. Made from a seed by `python -m weights.recipe.concepts`.
+word to start from and a caption for every picture. `cars` is no set like these: five cars of five colours,
+for a word that is less biased than this world's "car", which is red every other time. Made from a seed by
+`python -m weights.recipe.concepts`.
 
 | name | to learn from | what it shows | best caption without a new word |
 |---|---|---|---|
@@ -425,6 +440,9 @@ def main():
             print(f"{name}: {entries[name]['caption']}", flush=True)
         elif before.get(name, {}).get("description") == entries[name]["description"]:
             entries[name]["caption"] = before[name]["caption"]  # as it was found
+    (args.out / "cars").mkdir(exist_ok=True)
+    for path, picture in zip(PATHS, make_cars()):
+        picture.save(args.out / "cars" / path, optimize=True)
     index.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     (args.out / "README.md").write_text(readme(entries), encoding="utf-8")
 

@@ -28,19 +28,20 @@ from .training import to_images
 
 SETS = (*concepts.INDIVIDUALS, *concepts.NEW_STYLES)
 SCENE_NAMES = tuple(world.SCENES)
+OUTPUTS = len(SETS) + len(SCENE_NAMES)
 FILE = Path(__file__).parent / "judge.safetensors"
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] -> logits (B, sets + scenes)."""
+    """Pictures (B, 3, 64, 64) in [-1, 1] -> logits (B, outputs), by default of sets and scenes."""
 
-    def __init__(self):
+    def __init__(self, outputs=OUTPUTS, last=128):
         super().__init__()
         layers = []
-        for c_in, c_out, kernel, stride in ((3, 64, 6, 4), (64, 96, 3, 2), (96, 128, 3, 2)):
+        for c_in, c_out, kernel, stride in ((3, 64, 6, 4), (64, 96, 3, 2), (96, last, 3, 2)):
             layers += [nn.Conv2d(c_in, c_out, kernel, stride, 1), nn.GroupNorm(8, c_out), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(4 * 4 * 128, len(SETS) + len(SCENE_NAMES))
+        self.head = nn.Linear(4 * 4 * last, outputs)
 
     def forward(self, images):
         return self.head(self.body(images))
@@ -52,12 +53,21 @@ def judge_input(pictures):
     return to_images(np.stack(pixels))
 
 
+def load_weights(model, file):
+    """Return a network with the weights of a file, for use only."""
+    model.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+    return model.eval().requires_grad_(False)
+
+
+def save_weights(model, file):
+    """Write the weights of a network in half precision."""
+    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, file)
+
+
 @lru_cache
 def load_judge():
     """Return the trained `Judge`."""
-    model = Judge()
-    model.load_state_dict({name: weight.float() for name, weight in load_file(FILE).items()})
-    return model.eval().requires_grad_(False)
+    return load_weights(Judge(), FILE)
 
 
 @torch.no_grad()
@@ -211,23 +221,41 @@ def examples(count, seed=0, weights=None):
         rows.append((np.asarray(picture), number, kind == "the one", scene))
     images, *truth = map(np.stack, zip(*rows))
     if weights:
-        vae = tinyti.load(weights).vae
-        for i in range(0, count, 192):  # one in three
-            batch = torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with torch.no_grad():
-                decoded = vae.decode(vae.encode(batch)[0]).clamp(-1, 1).permute(0, 2, 3, 1)
-            images[i : i + 64] = decoded.add(1).mul(127.5).round().byte().numpy()
+        autoencode(images, weights, one_in=3)
     return images, *map(torch.from_numpy, truth)
+
+
+@torch.no_grad()
+def autoencode(images, weights, one_in):
+    """Put one in so many of the images uint8 (N, 64, 64, 3) through a model's autoencoder, in place."""
+    vae = tinyti.load(weights).vae
+    for i in range(0, len(images), 64 * one_in):
+        batch = torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(batch)[0]).clamp(-1, 1).permute(0, 2, 3, 1)
+        images[i : i + 64] = decoded.add(1).mul(127.5).round().byte().numpy()
 
 
 # --- training and measuring --------------------------------------------------------------------------------
 
 
-def train_judge(data, samples, batch=64, lr=3e-3):
+def train_judge(data, samples):
     """Return a `Judge` that has seen so many samples of the rendered pictures."""
     images, number, one, scene = data
+
+    def loss_of(logits, rows):
+        truth = torch.zeros(len(rows), len(SETS))
+        truth[torch.arange(len(rows)), number[rows]] = one[rows].float()
+        weight = torch.full_like(truth, 0.2).scatter(1, number[rows, None], 2.0)  # look-alikes are hard
+        loss = F.binary_cross_entropy_with_logits(logits[:, : len(SETS)], truth, weight)
+        return loss + 0.1 * F.cross_entropy(logits[:, len(SETS) :], scene[rows], ignore_index=-1)
+
     torch.manual_seed(0)
-    model, generator = Judge().to(memory_format=torch.channels_last), torch.Generator().manual_seed(0)
+    return fit(Judge(), images, loss_of, samples)
+
+
+def fit(model, images, loss_of, samples, batch=64, lr=3e-3):
+    """Train a `Judge` on images uint8 (N, 64, 64, 3) by `loss_of` its logits and the rows they are of."""
+    model, generator = model.to(memory_format=torch.channels_last), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     steps = samples // batch
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -239,12 +267,7 @@ def train_judge(data, samples, batch=64, lr=3e-3):
         gain = 1 + 0.06 * (torch.rand(batch, 3, 1, 1, generator=generator) * 2 - 1)  # not quite the colours
         x = torch.where(mirrored, x.flip(-1), x).roll(by, (2, 3))
         x = ((x + 1) * gain - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        logits = model(x)
-        truth = torch.zeros(batch, len(SETS))
-        truth[torch.arange(batch), number[rows]] = one[rows].float()
-        weight = torch.full_like(truth, 0.2).scatter(1, number[rows, None], 2.0)  # look-alikes are hard
-        loss = F.binary_cross_entropy_with_logits(logits[:, : len(SETS)], truth, weight)
-        loss = loss + 0.1 * F.cross_entropy(logits[:, len(SETS) :], scene[rows], ignore_index=-1)
+        loss = loss_of(model(x), rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -295,7 +318,7 @@ def main():
     parser.add_argument("--weights", type=Path, help="a model folder whose autoencoder a third goes through")
     args = parser.parse_args()
     model = train_judge(examples(args.pictures, weights=args.weights), args.samples)
-    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, FILE)
+    save_weights(model, FILE)
     print(table(200))
 
 

@@ -1,4 +1,5 @@
-"""From nothing to weights/tiny: a complete Stable Diffusion in miniature.
+"""From nothing to a complete Stable Diffusion in miniature.  The weights of weights/tiny come from several
+editions of this recipe, which its card names.
 
     python -m weights.recipe.make
 

@@ -1,0 +1,130 @@
+"""The study: its set-ups are the library's where they say so, and its tables say what is in its rows."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tinyti
+from notebooks import setups, study
+from tinyti import Inversion
+
+from .conftest import ROOT, TINY, seeded
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tinyti.load(TINY)
+
+
+@pytest.fixture
+def robot(model):
+    return study.Data(model, "robot")
+
+
+def walk(function, width, steps=7, n=1):
+    """Where an optimizer goes on gradients that are the same for all."""
+    vectors, memory, generator = torch.zeros(n, width), {}, seeded()
+    for _ in range(steps):
+        vectors, memory = function(vectors, torch.randn(4, n, width, generator=generator), memory)
+    return vectors
+
+
+def test_the_default_is_the_librarys(model, robot):
+    setups.forget(model)
+    width = model.text.table.shape[1]
+    state = Inversion(model, model.add_word("S*", torch.zeros(1, width)))
+    ours = walk(state.optimizer, width)
+    torch.testing.assert_close(walk(setups.directions()(model, robot), width), ours)
+    torch.testing.assert_close(walk(setups.as_one(model, robot), width), ours)  # of one vector
+    others = (setups.directions(0.5), setups.directions(falls=True), setups.directions(weight=0.3))
+    others += (setups.lengths(0.15, 1), setups.directions(weight=0.3, towards="noun"))
+    for other in others:
+        assert not torch.allclose(walk(other(model, robot), width), ours, atol=1e-3)
+
+
+def test_what_falls_ends_and_what_has_a_cap_keeps_it(model, robot):
+    real, width = setups.word_length(model.text.table), model.text.table.shape[1]
+    falling = setups.directions(falls=True)(model, robot)
+    start = torch.nn.functional.normalize(torch.ones(1, width), dim=-1) * real
+    _, memory = falling(start, torch.randn(4, 1, width, generator=seeded()), {})
+    last, _ = falling(start, torch.randn(4, 1, width, generator=seeded(1)), memory | {"step": setups.STEPS})
+    torch.testing.assert_close(last, start)
+    assert walk(setups.lengths(0.5, 0.74)(model, robot), width).norm().item() == pytest.approx(0.74 * real)
+    first = walk(setups.lengths(0.1, 1)(model, robot), width, steps=1)
+    assert first.norm().item() == pytest.approx(0.1 * real)
+
+
+def test_a_word_for_each_picture_learns_from_its_own_only(model, robot, monkeypatch):
+    """Prompts name the picture's word; a word whose picture is not drawn has no gradient."""
+    drawn, real = [], setups.invert
+
+    def one_step(model, state, examples, steps=1, **options):
+        drawn.extend(examples.prompts)
+        yield from real(model, state, examples, 1, batch_size=1, seed=options["seed"])
+        moved = state.vectors.norm(dim=-1) > 0
+        assert moved[0] and moved[1:].sum() == 1
+
+    monkeypatch.setattr(setups, "invert", one_step)
+    words = setups.per_image(model, robot, 0)
+    assert {name: tuple(v.shape) for name, v in words.items()} == {"S*": (1, model.text.table.shape[1])}
+    assert all(f"with S{i}" in line and "S*" in line for i, lines in enumerate(drawn, 1) for line in lines)
+
+
+def test_a_mask_is_where_the_ground_does_not_show(robot):
+    [photo] = setups.one_ground("max", count=1)(robot, 0)
+    assert study.ground(setups.to_image(photo.pixels)) == setups.ground_of(0) == "green"
+    border = torch.cat([photo.mask[0, 0], photo.mask[0, -1], photo.mask[0, :, 0], photo.mask[0, :, -1]])
+    assert border.sum() == 0 and photo.mask[0, 28:40, 28:36].all() and 0.2 < photo.mask.mean() < 0.8
+
+
+def row(setup, seed, name="robot", **values):
+    return dict.fromkeys(study.COLUMNS, "") | {"setup": setup, "set": name, "seed": str(seed)} | values
+
+
+def test_obedience_counts_what_the_model_can_draw():
+    rows = [row(study.NOUN, 0, scarf="1", hat="0.4", red="0.5"), row(study.NOUN, 1, scarf="0.5", hat="0.5")]
+    rows += [row("default", 0, scarf="0.25", hat="1", red="0.75", neon="1")]
+    rows += [row("default", 0, "cat", red="1")]
+    assert study.able_edits(rows)["robot"] == ["scarf", "red"]  # hats in 45 %
+    assert study.obedience(rows)[2:] == [0.5, None]  # of the cat's noun there is no row
+
+
+def test_the_spread_is_of_the_seeds_means():
+    rows = [row("default", seed, loss=loss) for seed, loss in ((0, 1), (0, 3), (1, 4), (1, 8), (2, ""))]
+    assert study.spread(rows, [r["loss"] for r in rows]) == (4.0, pytest.approx(8**0.5))
+    assert study.spread(rows[:2], [1, 3]) == (2.0, None) and study.spread(rows[4:], [""]) is None
+
+
+def test_missing_rows_are_shown_as_missing():
+    table = study.markdown([row("default", 0, **{"the one": "0.5"})], "paper").splitlines()
+    [default] = [line for line in table if line.startswith("| default ")]
+    assert default.startswith("| default | 1 |") and "0.50" in default
+    assert all("| missing |" in line for line in table[2:] if line != default)
+    assert len(table) == 2 + len(setups.PAPER)
+
+
+def test_a_row_that_a_kill_has_cut_is_computed_again(tmp_path):
+    file = tmp_path / "study.csv"
+    study.append_row(file, row("default", 0, loss=0.16641, seconds=1))
+    study.append_row(file, row("default", 1, loss=0.1, seconds=2))
+    whole = file.read_text()
+    for cut in (1, 2, 10):
+        file.write_text(whole[:-cut])
+        [kept] = study.read_rows(file)
+        assert kept["seed"] == "0" and kept["loss"] == "0.1664"
+        study.append_row(file, row("default", 1, loss=0.1, seconds=2))
+        assert file.read_text() == whole
+
+
+def test_quick():
+    """A few set-ups of both tables, from the photos to the tables."""
+    command = [sys.executable, "-m", "notebooks.study", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines()}
+    shown = dict(zip(study.SHOWN, cells["default"][1:]))
+    assert float(shown["the one"]) >= 0.5 and float(shown["loss"]) < 0.2 and float(shown["length"]) > 1
+    assert float(dict(zip(study.SHOWN, cells["training pictures"][1:]))["the one"]) == 1
+    assert float(dict(zip(study.SHOWN, cells[study.NOUN][1:]))["the one"]) == 0
