@@ -225,7 +225,7 @@ def changed(state, path, value):
 
 
 def test_a_forged_state_is_refused_in_a_line_or_whole(begun, tmp_path, monkeypatch, recwarn):
-    """Every value of a state in turn missing or another, under a digest that is right; nothing is warned of."""
+    """Every value of a state in turn missing or another, under a right digest; nothing is warned of."""
     state, door, file = read_state(begun / "S" / "state.pt"), Door(begun), tmp_path / "S" / "state.pt"
     ours = door.open().fingerprint
     monkeypatch.setattr("os.fsync", lambda handle: None)
