@@ -117,6 +117,8 @@ class Run:
 
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
         """How the run differs from a saved one, in a line; None if it is the same."""
+        if not isinstance(settings, dict) or not isinstance(fingerprint, dict | None):
+            raise TypeError("expected dictionaries")  # a tensor would take a name for an index
         if settings["optimizer"] == "whitened" and "angle" not in settings:
             found = "was begun by an earlier version, whose whitened steps were of another form"
             return f"{self.folder} {found}; take --force to begin anew"
@@ -300,8 +302,6 @@ def _digest_photo(photo):
 
 def compare_fingerprints(before: dict, now: dict) -> str | None:
     """The first difference of two fingerprints, as the beginning of a sentence; None if they are equal."""
-    if not isinstance(before, dict):
-        raise TypeError("it is no fingerprint")
     samples = before["samples"], now["samples"]
     is_same = before["model"] == now["model"]  # in names and shapes
     # Rounding to bf16 or fp16, on another device, is no difference.
