@@ -1,0 +1,65 @@
+"""What the notebooks share: their look, a word learned beside others, and figures of the study's rows.
+
+Importing it makes the repository's own packages importable from this folder.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+
+from notebooks import setups, study
+
+COLOUR = {  # one for each method, text and measure, in all notebooks
+    "whitened": "#c62828",
+    "Adam": "#1f77b4",
+    "S*": "#c62828",
+    "noun": "#7f7f7f",
+    "caption": "#8e44ad",
+    "the one": "#c62828",
+    "obedience": "#2a9d8f",
+    "scene": "#b8860b",
+    "ground": "#8c564b",
+}
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def learn(model, name, data, seed=0, **options):
+    """Learn a word from a set (study.Data) as `setups.learn` does, and keep the model's other words."""
+    others = {word: concept.vectors.detach() for word, concept in model.concepts.items() if word != name}
+    [vectors] = setups.learn(model, data, seed, **options).values()
+    setups.forget(model)
+    for word, rows in {**others, name: vectors}.items():
+        model.add_word(word, rows)
+    return vectors
+
+
+def plot_study(axis, means, settings, columns=("the one", "obedience")):
+    """Draw columns of `study.summary` against what a setting is: settings {x: label}.
+
+    Bars are the standard deviation of a seed's mean.  What has not been computed is left out.
+    """
+    for column in columns:
+        points = [(x, *means[label][column]) for x, label in settings.items() if means[label][column]]
+        if points:
+            xs, ys, deviations = zip(*points)
+            errors = [deviation or 0 for deviation in deviations]
+            axis.errorbar(xs, ys, errors, marker="o", ms=4, capsize=3, color=COLOUR[column], label=column)
+
+
+def print_study(means, labels, columns=("the one", "obedience", "scene")):
+    """Print columns of `study.summary` for some set-ups, a line each."""
+    print(f"{'':36s}{'runs':>5s}" + "".join(f"{column:>17s}" for column in columns))
+    for label in labels:
+        cells = [study.show(means[label][column], 4 if column == "loss" else 2) for column in columns]
+        print(f"{label:36s}{means[label]['runs']:5d}" + "".join(f"{cell:>17s}" for cell in cells))
