@@ -374,7 +374,8 @@ def main():
         return compute_bias(args, BIAS_FILE)
     if not (args.show or args.figure):
         compute(args, args.table, FILE)
-    rows = [row for row in read_rows(FILE) if row["weights"] == digest(args.weights)]
+    weights = digest(args.weights)
+    rows = [row for row in read_rows(FILE) if row["weights"] == weights]
     if args.show:
         print(markdown(rows, args.table))
     if args.figure:

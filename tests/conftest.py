@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import signal
 from pathlib import Path
 
@@ -19,6 +20,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, CONCEPTS = ROOT / "weights" / "tiny", ROOT / "concepts"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite runs in a process a core, up to four; the slow tests, and pages by name, in one.
+
+    Each has one thread, as has every process that a test starts: they would wait for each other.
+    """
+    if config.option.markexpr != "not slow" or config.args_source is not config.ArgsSource.TESTPATHS:
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
+    return min(4, os.cpu_count())
 
 
 def randomise(module, scale=0.15):

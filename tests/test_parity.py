@@ -3,17 +3,22 @@ with `pytest -m slow` those of the published sizes, which take gigabytes and min
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, ViTConfig, ViTModel
 
+import tinyti
 from tinyti.files.folder import NETWORKS, build, read_clip, read_config
 from tinyti.networks.clip import TextConfig
 from tinyti.networks.ldmbert import LDMBertConfig
 from tinyti.networks.unet import UNetConfig
 from tinyti.networks.vae import VAEConfig
+from tinyti.networks.vision import DINOPreprocessing
 
 from . import published
 from .conftest import randomise, relative_error
@@ -164,3 +169,67 @@ def test_clip_encode_image_and_preprocessing(clips, pictures):
     features = torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
     assert relative_error(features, clip.encode_image(pictures)) <= OUTPUT
     assert clip.encode_image(pictures).norm(dim=-1).allclose(torch.ones(len(pictures)))
+
+
+VITS = {"with a pooler": TOWER | {"image_size": 32, "patch_size": 8}}
+DINOS = {"dino-vits16": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("raw", [*VITS.values(), *DINOS.values()], ids=[*VITS, *DINOS])
+def test_dino(raw, suffix, pooled, tmp_path, pictures):
+    """A folder of theirs, whose class token ours gives, with and without the pooler that is left out."""
+    theirs = randomise(ViTModel(ViTConfig(**raw), add_pooling_layer=pooled))
+    theirs.save_pretrained(tmp_path)
+    if suffix == "bin":
+        weights = tmp_path / "model.safetensors"
+        torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
+        weights.unlink()
+    dino = tinyti.load_dino(tmp_path)
+    images = dino.preprocess(pictures)
+    assert images.shape == (len(pictures), 3, theirs.config.image_size, theirs.config.image_size)
+    wanted = theirs(images).last_hidden_state[:, 0]
+    assert (wanted - wanted.mean(dim=0)).std() > 1e-2
+    assert relative_error(wanted, dino(images)) <= OUTPUT
+    normalised = torch.nn.functional.normalize(wanted, dim=-1)
+    assert relative_error(normalised, dino.encode_image(pictures)) <= OUTPUT
+
+
+# (width, height): what torchvision 0.28 makes of `drawn`, by Resize(256, bicubic), CenterCrop(224), ToTensor
+# and Normalize of ImageNet: the mean of all numbers, and the pixels at (0, 0) and (100, 200).
+TORCHVISION = {
+    (97, 33): (-0.2062861552, (0.8446785212, -1.9131652117, -0.1835293323),
+        (-0.6622998714, 0.1176470593, 1.3850982189)),
+    (100, 103): (-0.1333628699, (-1.2102921009, -1.9306721687, -1.8044444323),
+        (-1.2959158421, -1.1953780651, 0.3916340470)),
+    (256, 259): (0.0913008834, (0.1768131405, -1.3179270029, -1.8044444323),
+        (0.5193082094, -1.0378150940, 0.0256209914)),
+    (300, 301): (0.1102731065, (0.4679339230, -1.1603640318, -1.8044444323),
+        (0.2624368966, -0.7752100229, 2.1171243191)),
+}  # fmt: skip
+
+
+def drawn(width, height):
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([5 * x + 3 * y, x * y // 7, (x - y) ** 2 // 11], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", TORCHVISION)
+def test_dino_preprocessing_is_torchvisions(size):
+    """Also where torchvision rounds a half of a pixel up: of the second and the third size."""
+    [pixels] = DINOPreprocessing()([drawn(*size)])
+    mean, first, other = TORCHVISION[size]
+    assert pixels.shape == (3, 224, 224)
+    assert pixels.double().mean().item() == pytest.approx(mean, abs=1e-7)
+    assert pixels[:, 0, 0].tolist() == pytest.approx(first, abs=1e-6)
+    assert pixels[:, 100, 200].tolist() == pytest.approx(other, abs=1e-6)
+
+
+def test_clip_preprocessing_rounds_down_as_transformers_does(clips):
+    """Where a half of a pixel is cut off: 32 of 35."""
+    _, processor, clip = clips
+    picture = drawn(32, 35)
+    reference = processor([picture], return_tensors="pt")["pixel_values"]
+    assert relative_error(reference, clip.preprocess([picture])) <= OUTPUT

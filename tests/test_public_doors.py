@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyti import Concept, Inversion, invert, load, load_clip, make_examples, sample
+from tinyti import Concept, Inversion, invert, load, load_clip, load_dino, make_examples, sample
 from tinyti.editing import attention_maps, ddim_invert, from_image, in_region, to_mask
 from tinyti.files.pictures import Photo, read_image, read_photos, to_image, to_tensor
 from tinyti.files.whole import atomic_write
@@ -159,6 +159,7 @@ DOORS = {
     "load tokenizer": (lambda x, v: load(TINY, tokenizer=v), PATHS[1:]),
     "load clip_skip": (lambda x, v: load(TINY, clip_skip=v), numbers()),
     "load_clip path": (lambda x, v: load_clip(v), [*PATHS, TINY]),
+    "load_dino path": (lambda x, v: load_dino(v), [*PATHS, TINY, TINY / "clip"]),
 }
 # Of wrong types Python itself says what an argument lacks.
 REFUSALS = (ValueError, TypeError, OSError, AttributeError, FloatingPointError, OverflowError)

@@ -10,13 +10,14 @@ from diffusers import AutoencoderKL
 from diffusers import UNet2DConditionModel as TheirUNet
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig as TheirBertConfig
 from huggingface_hub.utils import filter_repo_objects
-from transformers import CLIPTextConfig, PretrainedConfig
+from transformers import CLIPTextConfig, PretrainedConfig, ViTConfig
 
 from tinyti.files.folder import DOWNLOAD, FIXED, NETWORKS, build, read_config
 from tinyti.networks.clip import TextConfig
 from tinyti.networks.ldmbert import LDMBertConfig
 from tinyti.networks.unet import UNetConfig
 from tinyti.networks.vae import VAEConfig
+from tinyti.networks.vision import DINOConfig
 
 from .conftest import ROOT
 from .published import TEXTS, UNETS, VAE, theirs_on_meta
@@ -57,6 +58,8 @@ HARMLESS = {
         projection_dim""",
     LDMBertConfig: """activation_dropout attention_dropout classifier_dropout dropout encoder_layerdrop
         init_std num_hidden_layers pad_token_id scale_embedding use_cache""",
+    DINOConfig: """attention_probs_dropout_prob encoder_stride hidden_dropout_prob initializer_range
+        pooler_act pooler_output_size""",
 }
 # Those that change a name or a shape among the weights, by which the strict build refuses them, as these do.
 TRACED = [
@@ -94,7 +97,7 @@ def test_no_setting_of_theirs_is_overlooked(kind):
     if network:
         theirs = inspect.signature(network).parameters.keys()
     else:
-        config = CLIPTextConfig if kind is TextConfig else TheirBertConfig
+        config = {TextConfig: CLIPTextConfig, DINOConfig: ViTConfig}.get(kind, TheirBertConfig)
         theirs = vars(config()).keys() - vars(PretrainedConfig()).keys()
     harmless = set(HARMLESS[kind].split())
     traced = {name for of, name, _ in TRACED if of is kind}
@@ -130,12 +133,14 @@ tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/voca
 unet/diffusion_pytorch_model.bin vqvae/config.json vqvae/diffusion_pytorch_model.bin"""
 CLIP = """README.md config.json flax_model.msgpack merges.txt preprocessor_config.json pytorch_model.bin
 special_tokens_map.json tf_model.h5 tokenizer.json tokenizer_config.json vocab.json"""
+DINO = "README.md config.json preprocessor_config.json pytorch_model.bin"
 DIFFUSION = "diffusion_pytorch_model"
 SD1 = SAFETENSORS, {"text_encoder/model", f"unet/{DIFFUSION}", f"vae/{DIFFUSION}"}
 DOWNLOADS = {  # what the repository holds, and which large files the command brings
     **dict.fromkeys(("weights/sd14", "weights/sd15", "weights/sd21-base", "weights/sd21"), SD1),
     "weights/ldm": (BINS, {"bert/pytorch_model", f"unet/{DIFFUSION}", f"vqvae/{DIFFUSION}"}),
     "weights/clip-vit-base-patch32": (CLIP, {"pytorch_model"}),
+    "weights/dino-vits16": (DINO, {"pytorch_model"}),
     "weights/sd15-file": (SAFETENSORS, {"v1-5-pruned-emaonly"}),
 }
 

@@ -1,5 +1,6 @@
 """The recipe of weights/tiny: every stage, small, from nothing and from a finished folder."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import tinyti
 from tinyti.files.pictures import to_image
@@ -86,19 +88,33 @@ def test_every_stage_from_nothing(made):
     assert (made / "tiny" / "contact_sheet.png").stat().st_size > 1000
 
 
+def held(learner):
+    """A copy of all that a learner has, its place on the disk apart."""
+    state = {name: value for name, value in vars(learner).items() if name not in ("work", "file")}
+    state |= {"module": learner.module.state_dict()}
+    return copy.deepcopy(state | {"optimizers": [each.state_dict() for each in learner.optimizers]})
+
+
 @pytest.mark.parametrize("stage", ["clip", "vae", "unet"])
 def test_a_killed_stage_goes_on_as_if_nothing_had_happened(stage, made, tmp_path, monkeypatch):
+    """Its last step begins with the same numbers, bit for bit, and sees the same batch at the same rate.
+
+    What the step makes of them may differ in the last digit: float sums are not the same in every run.  The
+    loss of another batch differs by more than a tenth.
+    """
     shutil.copytree(made / "work", tmp_path / "work", ignore=shutil.ignore_patterns(f"{stage}.*"))
     work, learn, steps = training.Workspace(tmp_path / "work", SMALL), training.Learner.learn, []
 
     def killed(self, loss, rate):
         if self.step == 2:
+            steps.append((held(self), loss.item(), rate))
             raise KeyboardInterrupt
         learn(self, loss, rate)
 
-    def counted(self, loss, rate):
-        steps.append(self.step)
+    def recorded(self, loss, rate):
+        steps.append((held(self), loss.item(), rate))
         learn(self, loss, rate)
+        steps.append(self.average)
 
     last = None if stage == "unet" else stage
     monkeypatch.setattr(make, "write_card", lambda *_: None)  # which the whole recipe has written
@@ -107,12 +123,13 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(stage, made, tmp_path
     with pytest.raises(KeyboardInterrupt):
         make.make_miniature(work, tmp_path / "tiny", last)
     assert not (work / f"{stage}.safetensors").exists()
-    monkeypatch.setattr(training.Learner, "learn", counted)
+    monkeypatch.setattr(training.Learner, "learn", recorded)
     make.make_miniature(work, tmp_path / "tiny", last)
-    assert steps == [2]
-    whole, resumed = (load_file(folder / "work" / f"{stage}.safetensors") for folder in (made, tmp_path))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    (before, loss, rate), (after, loss_again, rate_again), average = steps
+    assert before["step"] == 2 and all(optimizer["state"] for optimizer in before["optimizers"])
+    assert_close(after, before, rtol=0, atol=0)
+    assert loss_again == pytest.approx(loss, rel=1e-2) and rate_again == rate
+    assert_close(load_file(work / f"{stage}.safetensors"), average, rtol=0, atol=0)
 
 
 def test_a_finished_stage_is_passed_over(made, tmp_path, monkeypatch):

@@ -224,8 +224,8 @@ def changed(state, path, value):
     return state
 
 
-def test_a_forged_state_is_refused_in_a_line_or_whole(begun, tmp_path, monkeypatch):
-    """Every value of a state in turn missing or another, under a digest that is right."""
+def test_a_forged_state_is_refused_in_a_line_or_whole(begun, tmp_path, monkeypatch, recwarn):
+    """Every value of a state in turn missing or another, under a right digest; nothing is warned of."""
     state, door, file = read_state(begun / "S" / "state.pt"), Door(begun), tmp_path / "S" / "state.pt"
     ours = door.open().fingerprint
     monkeypatch.setattr("os.fsync", lambda handle: None)
@@ -250,6 +250,7 @@ def test_a_forged_state_is_refused_in_a_line_or_whole(begun, tmp_path, monkeypat
         write_state(file, junk)
         with pytest.raises(ValueError, match=r"\A--resume: .* is damaged.*\Z"):
             door.open(file.parent)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def sparse(file, size):

@@ -3,8 +3,9 @@
 from .concept import Concept
 from .examples import make_examples
 from .inversion import Inversion, invert
-from .model import LatentDiffusion, load, load_clip, sample
+from .model import LatentDiffusion, load, load_clip, load_dino, sample
 
 __all__ = [
-    "Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "make_examples", "sample",
+    "Concept", "Inversion", "LatentDiffusion", "invert", "load", "load_clip", "load_dino", "make_examples",
+    "sample",
 ]  # fmt: skip

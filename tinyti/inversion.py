@@ -274,6 +274,8 @@ def diagnose(state: Inversion) -> str | None:
 
 def _is_state(saved: Any, n: int, D: int, has_root: bool) -> bool:
     """Whether these are the values of a `state_dict` of n vectors of width D, with such an optimizer."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("memory"), dict):
+        return False  # a tensor would take a name for an index
     try:
         step, memory, evaluations = saved["step"], saved["memory"], saved["evaluations"]
         tensors = [(saved[name], (n, D)) for name in ("start", "path", "word")] + [(saved["log"], (step, 3))]

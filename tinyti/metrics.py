@@ -5,13 +5,16 @@ The paper's two measures (2208.01618, section 5.1), by whichever CLIP is at hand
 import torch
 from PIL import Image
 
-from .networks.vision import CLIP
+from .networks.vision import CLIP, DINO
 from .tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def clip_i(clip: CLIP, pictures: list[Image.Image], references: list[Image.Image]) -> float:
-    """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1."""
+def clip_i(clip: CLIP | DINO, pictures: list[Image.Image], references: list[Image.Image]) -> float:
+    """Mean cosine of all pairs of pictures and references, two lists of PIL pictures: -1 … 1.
+
+    With a DINO for the CLIP it is the DreamBooth paper's measure DINO (2208.12242).
+    """
     return (clip.encode_image(pictures) @ clip.encode_image(references).T).mean().item()
 
 

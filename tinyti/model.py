@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from .concept import Concept
 from .diffusion import Schedule, copy_to, denoise, randn
-from .files.folder import DOWNLOAD, build, find_snapshot, read_clip, read_folder
+from .files.folder import DOWNLOAD, build, find_snapshot, read_clip, read_dino, read_folder
 from .files.single import read_single_file
 from .files.tensors import explain_errors
 from .files.words import check_vectors
@@ -19,7 +19,7 @@ from .networks.clip import CLIPText
 from .networks.ldmbert import LDMBert
 from .networks.unet import UNet
 from .networks.vae import VAE
-from .networks.vision import CLIP
+from .networks.vision import CLIP, DINO
 from .tokenizer import Tokenizer, as_list
 
 
@@ -181,6 +181,11 @@ def load_clip(
     config, weights, preprocess = read_clip(path)
     clip = build(config, weights, path, device, dtype, preprocess=preprocess)
     return clip, Tokenizer.from_folder(path)
+
+
+def load_dino(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DINO:
+    """Load a vision transformer's folder like facebook/dino-vits16; errors as of `load`."""
+    return build(*read_dino(find_snapshot(Path(path))), device, dtype)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
     python -m tests.bench step --weights sd15 --size 256 512 --batch 1 --rounds 3 --block 1
     python -m tests.bench alone --weights sd15 --size 256 --batch 1 --rounds 3 --block 2
     python -m tests.bench quality --sets cat dog --seeds 0 1
+    python -m tests.bench dreambench --data dreambooth --weights weights/sd15 --clip … --dino …
 
 The sides take turns, so that what else the machine does is shared, and the medians of all turns are compared.
 `--weights` is a model folder as diffusers saves it, or sd15 or sd21 for random weights of that size, which

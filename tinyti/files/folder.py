@@ -21,7 +21,7 @@ from ..networks.clip import ACTIVATIONS, CLIPText, TextConfig
 from ..networks.ldmbert import LDMBert, LDMBertConfig
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
-from ..networks.vision import CLIP, CLIPConfig, Preprocessing, VisionConfig
+from ..networks.vision import CLIP, DINO, CLIPConfig, DINOConfig, Preprocessing, VisionConfig
 from .tensors import explain_errors, read_tensors
 
 MOST_JSON = 2**20  # bytes of a configuration
@@ -30,7 +30,10 @@ DOWNLOAD = (
     "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir weights/sd15 "
     '--include "*.json" --include "*.txt" --include "[tuv]*/*model.safetensors"'
 )
-NETWORKS = {UNetConfig: UNet, VAEConfig: VAE, TextConfig: CLIPText, LDMBertConfig: LDMBert, CLIPConfig: CLIP}
+NETWORKS = {
+    UNetConfig: UNet, VAEConfig: VAE, TextConfig: CLIPText, LDMBertConfig: LDMBert, CLIPConfig: CLIP,
+    DINOConfig: DINO,
+}  # fmt: skip
 
 # Settings that change the numbers but no name or shape of a weight, and their values in our networks.
 FIXED = {
@@ -48,6 +51,7 @@ FIXED = {
     },
     TextConfig: {"hidden_act": tuple(ACTIVATIONS), "use_attention_mask": (False,)},
     VisionConfig: {"hidden_act": tuple(ACTIVATIONS)},
+    DINOConfig: {"hidden_act": ("gelu",), "num_channels": (3,), "qkv_bias": (True,)},
     LDMBertConfig: {"activation_function": ("gelu",)},
     Schedule: {
         **CHOICES, "thresholding": (False,), "trained_betas": (None,),
@@ -59,6 +63,7 @@ LEFT_OUT = {
     CLIPText: ("embeddings.position_ids", "text_projection", "logit_scale", "attn_mask"),
     LDMBert: ("to_logits.",),
     CLIP: ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+    DINO: ("pooler.",),
 }
 
 # A regular expression and what it becomes.
@@ -69,6 +74,17 @@ OLD_NAMES: Rules = [
     (r"^text_model\.", ""),
     (r"\.attentions\.0\.(query|key|value)\.", lambda m: f".attentions.0.to_{m[1][0]}."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+]
+
+# A vision transformer's names in folders become those of CLIP's layers.
+VIT_NAMES: Rules = [
+    (r"^encoder\.layer\.", "encoder.layers."),
+    (r"\.layernorm_before\.", ".layer_norm1."),
+    (r"\.layernorm_after\.", ".layer_norm2."),
+    (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".self_attn.{m[1][0]}_proj."),
+    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
 ]
 
 
@@ -245,12 +261,12 @@ def correct_sample_size(config: UNetConfig, raw: dict) -> UNetConfig:
     return replace(config, sample_size=64) if is_old and too_small else config
 
 
-def read_part(folder: Path, kind: type) -> Part:
-    """Read the configuration `kind` and the weights of one network; errors as of `read_folder`."""
+def read_part(folder: Path, kind: type, names: Rules = OLD_NAMES) -> Part:
+    """Read the configuration `kind` and the weights of one network, renamed; errors as of `read_folder`."""
     file = folder / "config.json"
     config, weights = read_config(kind, read_json(file), file), read_weights(folder)
     with explain_errors(folder, kind.__name__):
-        return Part(config, rename(weights, OLD_NAMES), folder)
+        return Part(config, rename(weights, names), folder)
 
 
 def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]:
@@ -273,6 +289,14 @@ def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]
     raw["crop"] = crop.get("height") if isinstance(crop, dict) else crop
     raw["mean"], raw["std"] = raw.get("image_mean"), raw.get("image_std")
     return config, read_weights(path), read_config(Preprocessing, raw, file)
+
+
+def read_dino(path: Path) -> Part:
+    """Read a folder like facebook/dino-vits16 as published; errors as of `read_folder`."""
+    file = path / "config.json"
+    if (found := read_json(file).get("model_type")) != "vit":
+        raise ValueError(f"{file}: model_type is {found!r:.80}, expected 'vit' as in facebook/dino-vits16")
+    return read_part(path, DINOConfig, VIT_NAMES)
 
 
 def read_json(path: Path) -> dict:

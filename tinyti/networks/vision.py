@@ -1,5 +1,5 @@
 """CLIP with its image tower (Radford et al., 2103.00020): how near a picture is to a prompt or to another
-picture.  For measuring only; no word is learned with it."""
+picture; and DINO's (Caron et al., 2104.14294).  For measuring only; no word is learned with them."""
 
 from dataclasses import dataclass, field
 
@@ -91,11 +91,15 @@ class Preprocessing:
     def _to_tensor(self, picture):
         short = min(picture.size)
         picture = picture.resize(tuple(self.resize * side // short for side in picture.size), self.resample)
-        left, top = ((side - self.crop) // 2 for side in picture.size)
+        left, top = (self._margin(side - self.crop) for side in picture.size)
         picture = picture.crop((left, top, left + self.crop, top + self.crop))
         levels = np.asarray(picture, dtype=np.float32) / 255
         pixels = (levels - np.float32(self.mean)) / np.float32(self.std)
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _margin(self, rest):
+        """What is cut off at the left or the top, of all that is cut off; transformers rounds it down."""
+        return rest // 2
 
 
 class CLIP(nn.Module):
@@ -130,3 +134,68 @@ class CLIP(nn.Module):
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
         pooled = context[torch.arange(len(ids)), (ids == end).int().argmax(dim=-1)]
         return F.normalize(self.text_projection(pooled), dim=-1)
+
+
+@dataclass
+class DINOConfig(VisionConfig):
+    """The fields of a vision transformer's config.json that shape the network; DINO is a small one."""
+
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+
+@dataclass
+class DINOPreprocessing(Preprocessing):
+    """A picture's way into DINO as in its own evaluation (eval_knn.py), which the DreamBooth paper follows.
+
+    Its numbers are those of torchvision's Resize, CenterCrop and Normalize on PIL pictures.  The
+    preprocessor_config.json of facebook/dino-vits16 resizes without a crop, and is not read.
+    """
+
+    resize: int = 256
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of ImageNet
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def _margin(self, rest):
+        return round(rest / 2)  # halves to the even number, as torchvision
+
+
+class DINOEmbeddings(nn.Module):
+    """Images (B, 3, S, S) -> patches behind a class token, with positions (B, 1 + (S/p)², D)."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        dim, patch = config.hidden_size, config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, (config.image_size // patch) ** 2 + 1, dim))
+        projection = nn.Conv2d(config.num_channels, dim, patch, stride=patch)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        return x + self.position_embeddings
+
+
+class DINO(nn.Module):
+    """A vision transformer (Dosovitskiy et al., 2010.11929): images (B, 3, S, S) -> the class token's last
+    state (B, D).  Its cosines are the measure DINO of the DreamBooth paper (2208.12242)."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.config = config
+        size = config.image_size
+        self.preprocess = DINOPreprocessing(size * 8 // 7, size)  # 256 for 224
+        self.embeddings = DINOEmbeddings(config)
+        self.encoder = transformer(config, causal=False)
+        self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layernorm(self.encoder["layers"](self.embeddings(images))[:, 0])
+
+    def encode_image(self, images: list[Image.Image] | Tensor) -> Tensor:
+        """PIL pictures, or preprocessed images (B, 3, S, S) -> (B, D) of length 1."""
+        if not torch.is_tensor(images):
+            images = self.preprocess(images).to(self.layernorm.weight)
+        return F.normalize(self(images), dim=-1)

@@ -117,6 +117,8 @@ class Run:
 
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
         """How the run differs from a saved one, in a line; None if it is the same."""
+        if not isinstance(settings, dict) or not isinstance(fingerprint, dict | None):
+            raise TypeError("expected dictionaries")  # a tensor would take a name for an index
         if settings["optimizer"] == "whitened" and "angle" not in settings:
             found = "was begun by an earlier version, whose whitened steps were of another form"
             return f"{self.folder} {found}; take --force to begin anew"
@@ -335,9 +337,12 @@ def read_state(file: Path) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return unpickle(data[:-32])
+            saved = unpickle(data[:-32])
     except Exception:  # a damaged pickle raises almost anything
         raise _damaged(file) from None
+    if not isinstance(saved, dict):
+        raise _damaged(file)
+    return saved
 
 
 def _damaged(file):

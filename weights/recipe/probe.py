@@ -253,7 +253,7 @@ def main():
     """Train the probe and print how well it reads, or compare it with the labels."""
     parser = argparse.ArgumentParser(description="Train the probe of what pictures show.")
     parser.add_argument("--pictures", type=int, default=16_000, help="how many to render (default: 16000)")
-    parser.add_argument("--samples", type=int, default=200_000, help="how many to train on (default: 200000)")
+    parser.add_argument("--samples", type=int, default=160_000, help="how many to train on (default: 160000)")
     parser.add_argument("--weights", type=Path, help="a model folder whose autoencoder 1 in 8 goes through")
     parser.add_argument("--labels", action="store_true", help="compare with labels.csv instead of training")
     args = parser.parse_args()
