@@ -336,10 +336,13 @@ def show(value, digits):
 
 
 def figure(rows, table, file):
-    """Draw likeness against obedience, as the paper's Figure 10: a point a set-up, with its spread."""
+    """Draw likeness against obedience, as the paper's Figure 10: a point a set-up, with its spread.
+
+    file: where to save it, if anywhere.
+    """
     from matplotlib import pyplot as plt
 
-    _, axes = plt.subplots(figsize=(7, 5), dpi=110)
+    _, axes = plt.subplots(figsize=(8, 6), dpi=110, layout="constrained")
     for label, means in summary(rows, table).items():
         x, y = means["obedience"], means["the one"]
         if x and y:
@@ -347,8 +350,8 @@ def figure(rows, table, file):
             axes.annotate(label, (x[0], y[0]), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("obedience: pictures that show what the prompt asks for")
     axes.set_ylabel("likeness: pictures taken for the one")
-    plt.tight_layout()
-    plt.savefig(file)
+    if file:
+        plt.savefig(file)
 
 
 TABLES = {"settings": setups.SETTINGS, "paper": setups.PAPER}
@@ -394,7 +397,7 @@ def quick(args):
 
 
 QUICK_SETTINGS = ["default"]
-QUICK_PAPER = [NOUN, "progressive, 2 words", "a word for each picture", "training pictures"]
+QUICK_PAPER = [NOUN, "progressive, 2 words", "training pictures"]
 
 if __name__ == "__main__":
     main()

@@ -120,9 +120,9 @@ def test_sizes(pipelines):
 def test_bf16_with_its_state_in_fp32_is_nearer_to_fp32(model):
     """DDIM-50 of the bundled model: 45.1 dB, where a state in bf16, rounded 50 times, has 36.1."""
     rounded = tinyti.load(TINY, dtype=torch.bfloat16)
-    x_T, prompts = randn((4, 4, 16, 16), seeded()), ["a photo of a cat"] * 4
+    x_T, prompts = randn((2, 4, 16, 16), seeded()), ["a photo of a cat"] * 2
     wanted, kept = (last(tinyti.sample(m, prompts, guidance=3.0, x_T=x_T)) for m in (model, rounded))
-    context = rounded.encode_prompts([""] * 4 + prompts)
+    context = rounded.encode_prompts([""] * 2 + prompts)
 
     @torch.no_grad()
     def predict(x, t):

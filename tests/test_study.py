@@ -123,7 +123,8 @@ def test_quick():
     command = [sys.executable, "-m", "notebooks.study", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    cells = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines()}
+    lines = [line[2:-2].split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = {name: rest for name, *rest in lines}
     shown = dict(zip(study.SHOWN, cells["default"][1:]))
     assert float(shown["the one"]) >= 0.5 and float(shown["loss"]) < 0.2 and float(shown["length"]) > 1
     assert float(dict(zip(study.SHOWN, cells["training pictures"][1:]))["the one"]) == 1

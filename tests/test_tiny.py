@@ -133,4 +133,5 @@ def test_the_concepts_are_those_that_the_recipe_draws(tmp_path):
     for made in tmp_path.rglob("*.png"):
         a, b = (np.asarray(Image.open(f), float) for f in (made, CONCEPTS / made.relative_to(tmp_path)))
         assert np.abs(a - b).mean() < 1  # other releases of Pillow round otherwise
-    assert len(list(tmp_path.rglob("*.png"))) == 10 * len(sets)
+    assert len(list(tmp_path.rglob("*.png"))) == 10 * len(sets) + len(list((CONCEPTS / "cars").iterdir()))
+    assert sum(file.stat().st_size for file in (CONCEPTS / "cars").iterdir()) < 40_000
