@@ -342,12 +342,14 @@ def figure(rows, table, file):
     """
     from matplotlib import pyplot as plt
 
-    _, axes = plt.subplots(figsize=(8, 6), dpi=110, layout="constrained")
-    for label, means in summary(rows, table).items():
+    _, axes = plt.subplots(figsize=(9, 5.5), dpi=110, layout="constrained")
+    for number, (label, means) in enumerate(summary(rows, table).items(), 1):
         x, y = means["obedience"], means["the one"]
         if x and y:
-            axes.errorbar(x[0], y[0], y[1] or 0, x[1] or 0, "o", ms=4, lw=0.7)
-            axes.annotate(label, (x[0], y[0]), (4, 3), textcoords="offset points", fontsize=7)
+            title = f"{number} {label}"
+            axes.errorbar(x[0], y[0], y[1] or 0, x[1] or 0, "o", ms=4, lw=0.7, label=title)
+            axes.annotate(number, (x[0], y[0]), (3, 3), textcoords="offset points", fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     axes.set_xlabel("obedience: pictures that show what the prompt asks for")
     axes.set_ylabel("likeness: pictures taken for the one")
     if file:
