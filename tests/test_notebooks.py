@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 from .conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MACHINE = re.compile(r"/(home|root|Users|tmp|opt|work|usr)/|[A-Z]:\\|site-packages")
+MACHINE = re.compile(r"/(home|root|Users|tmp|opt|work|usr)/|\b[A-Z]:\\|site-packages")
 
 
 def test_there_are_six():
