@@ -42,7 +42,7 @@ FILE = Path(__file__).with_suffix(".csv")
 BIAS_FILE = FILE.with_name("bias.csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 PAPER_SETS = ("cat", "robot", "mushroom", "blueprint")
-COUNT = 8  # pictures a prompt
+COUNT = {"settings": 8, "paper": 16}  # pictures a prompt
 EDITS = {  # what a picture must show, as the probe reads it, to obey a prompt
     "scarf": ("a photo of a {} wearing a blue scarf", {"scarf": "blue"}),
     "hat": ("a photo of a {} wearing a hat", {"hat": True}),
@@ -55,11 +55,11 @@ STYLE_EDITS = {  # the same for styles
     for thing in ("cat", "car", "house", "flower", "boat")
 }
 PLACES = {"beach": "on the beach", "snow": "in the snow", "night": "at night", "meadow": "in a meadow"}
-KEYS = ("setup", "set", "seed", "weights")
+KEYS = ("setup", "set", "seed", "weights", "count")  # what tells a row from others
 SCORES = ("to training", "to held-out", "the one", "clip-t", *EDITS, *STYLE_EDITS)
 SCORES += ("scene", "ground", "loss", "length")
 BIAS_COLUMNS = ("text", "seed", "cars", *world.COLOURS)
-COLUMNS = (*KEYS, "commit", "cpu", "count", *SCORES, "seconds")
+COLUMNS = ("setup", "set", "seed", "weights", "commit", "cpu", "count", *SCORES, "seconds")
 
 
 class Data:
@@ -124,7 +124,7 @@ def likeness(clip, data, pictures):
 
 
 @torch.no_grad()
-def scores(model, clip, data, text, seed=0, count=COUNT, **sampling):
+def scores(model, clip, data, text, seed=0, count=8, **sampling):
     """What pictures of a text are worth that stands for a set in prompts: {one of SCORES: value}.
 
     Likeness: `likeness` of pictures of the text alone.  Obedience: the part of the pictures in which the
@@ -161,11 +161,11 @@ def ground(picture):
 # --- runs and rows -----------------------------------------------------------------------------------------
 
 
-def run(model, clip, setup, name, seed, count=COUNT):
+def run(model, clip, setup, name, seed, count=8):
     """Learn what a set-up learns from a set: {column: value} of SCORES."""
     data, began = Data(model, name), time.perf_counter()
     words = setup.learn(model, data, seed)
-    found = {"count": count, "seconds": round(time.perf_counter() - began, 1)}
+    found = {"seconds": round(time.perf_counter() - began, 1)}
     setups.forget(model)
     for word, vectors in words.items():
         model.add_word(word, vectors)
@@ -213,9 +213,14 @@ def read_lines(file):
     return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
-def digest(weights):
-    """What tells a model's weights from others: names as they are loaded, and values."""
-    model, (clip, _) = tinyti.load(weights), tinyti.load_clip(weights / "clip")
+def load(weights):
+    """A folder's model, its CLIP with tokenizer, and what tells its weights from others."""
+    model, clip = tinyti.load(weights), tinyti.load_clip(weights / "clip")
+    return model, clip, digest(model, clip[0])
+
+
+def digest(model, clip):
+    """What tells weights from others: a hash of names as they are loaded, and of values."""
     found = hashlib.sha256()
     for part in (model.unet, model.vae, model.text, clip):
         for name, tensor in sorted(part.state_dict().items()):
@@ -225,16 +230,16 @@ def digest(weights):
 
 def compute(args, table, file):
     """Append the rows of a table that are missing."""
-    weights, where = digest(args.weights), provenance()
-    model, clip = tinyti.load(args.weights), tinyti.load_clip(args.weights / "clip")
+    where, count = provenance(), args.count or COUNT[table]
+    model, clip, weights = load(args.weights)
     there = {tuple(row[key] for key in KEYS) for row in read_rows(file)}
     for seed in args.seeds:
         for label, setup in TABLES[table].items():
             for name in args.sets or (PAPER_SETS if table == "paper" else SETS):
-                row = dict(zip(KEYS, (label, name, str(seed), weights)))
+                row = dict(zip(KEYS, (label, name, str(seed), weights, str(count))))
                 is_wanted = label in (args.only or [label]) and not (setup.ground and is_style(name))
                 if is_wanted and tuple(row.values()) not in there:
-                    append_row(file, row | where | run(model, clip, setup, name, seed, args.count))
+                    append_row(file, row | where | run(model, clip, setup, name, seed, count))
                     print(f"{label}: {name}, seed {seed}", flush=True)
 
 
@@ -269,7 +274,7 @@ def obedience(rows):
     """The mean over EDITS and STYLE_EDITS of each row, in the order of the rows; None where none counts.
 
     An edit counts for a set where the set's noun obeys it in half of the pictures or more: what the model
-    itself cannot draw says nothing of a word.
+    itself cannot draw says nothing of a word.  The noun's rows with the most pictures decide.
     """
     able = able_edits(rows)
     found = []
@@ -284,6 +289,8 @@ def able_edits(rows):
     found = defaultdict(list)
     for name in SETS:
         nouns = [row for row in rows if row["setup"] == NOUN and row["set"] == name]
+        most = max((int(row["count"]) for row in nouns), default=0)
+        nouns = [row for row in nouns if int(row["count"]) == most]
         for edit in (*EDITS, *STYLE_EDITS):
             values = [float(row[edit]) for row in nouns if row[edit]]
             if values and statistics.mean(values) >= 0.5:
@@ -306,22 +313,23 @@ def spread(rows, values):
 SHOWN = ("to training", "to held-out", "the one", "clip-t", "obedience", "scene", "ground", "loss", "length")
 
 
-def summary(rows, table):
-    """{set-up: {column: (mean, deviation)} and "runs"} of a table."""
+def summary(rows, table, count=None):
+    """{set-up: {column: (mean, deviation)} and "runs"} of a table; count: pictures a prompt of the rows taken."""
     scored = [row | {"obedience": value} for row, value in zip(rows, obedience(rows))]
     found = {}
-    sets = PAPER_SETS if table == "paper" else SETS
+    sets, count = PAPER_SETS if table == "paper" else SETS, str(count or COUNT[table])
+    scored = [row for row in scored if row["set"] in sets and row["count"] == count]
     for label in TABLES[table]:
-        group = [row for row in scored if row["setup"] == label and row["set"] in sets]
+        group = [row for row in scored if row["setup"] == label]
         found[label] = {"runs": len(group)}
         found[label] |= {column: spread(group, [row[column] for row in group]) for column in SHOWN}
     return found
 
 
-def markdown(rows, table):
+def markdown(rows, table, count=None):
     """A table of means over sets and seeds, ± the standard deviation of a seed's mean."""
     lines = [["set-up", "runs", *SHOWN], ["---"] * (len(SHOWN) + 2)]
-    for label, means in summary(rows, table).items():
+    for label, means in summary(rows, table, count).items():
         cells = [show(means[column], 4 if column == "loss" else 2) for column in SHOWN]
         lines.append([label, str(means["runs"] or "missing"), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -368,7 +376,8 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SETUP", help="some set-ups, as --table calls them")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="by default all, or the paper's four")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--count", type=int, default=COUNT, help="pictures a prompt")
+    parser.add_argument("--count", type=int, help="pictures a prompt (default: 8 for settings, 16 for paper)")
+    parser.add_argument("--file", type=Path, default=FILE, help="where the rows are (default: study.csv)")
     parser.add_argument("--table", action="store_true", dest="show", help="print the table")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw likeness against obedience")
     parser.add_argument("--quick", action="store_true", help="a few rows of each table, into no file")
@@ -378,11 +387,11 @@ def main():
     if args.table == "bias":
         return compute_bias(args, BIAS_FILE)
     if not (args.show or args.figure):
-        compute(args, args.table, FILE)
-    weights = digest(args.weights)
-    rows = [row for row in read_rows(FILE) if row["weights"] == weights]
+        return compute(args, args.table, args.file)
+    *_, weights = load(args.weights)
+    rows = [row for row in read_rows(args.file) if row["weights"] == weights]
     if args.show:
-        print(markdown(rows, args.table))
+        print(markdown(rows, args.table, args.count))
     if args.figure:
         figure(rows, args.table, args.figure)
 
@@ -395,7 +404,7 @@ def quick(args):
         for table, some in {"settings": QUICK_SETTINGS, "paper": QUICK_PAPER}.items():
             args.only = some
             compute(args, table, file)
-            print(markdown(read_rows(file), table))
+            print(markdown(read_rows(file), table, args.count))
 
 
 QUICK_SETTINGS = ["default"]

@@ -80,7 +80,8 @@ def test_a_mask_is_where_the_ground_does_not_show(robot):
 
 
 def row(setup, seed, name="robot", **values):
-    return dict.fromkeys(study.COLUMNS, "") | {"setup": setup, "set": name, "seed": str(seed)} | values
+    about = {"setup": setup, "set": name, "seed": str(seed), "count": "16"}
+    return dict.fromkeys(study.COLUMNS, "") | about | values
 
 
 def test_obedience_counts_what_the_model_can_draw():
@@ -89,6 +90,14 @@ def test_obedience_counts_what_the_model_can_draw():
     rows += [row("default", 0, "cat", red="1")]
     assert study.able_edits(rows)["robot"] == ["scarf", "red"]  # hats in 45 %
     assert study.obedience(rows)[2:] == [0.5, None]  # of the cat's noun there is no row
+    many = row(study.NOUN, 0, scarf="0.4", hat="1", red="1", count="64")
+    assert study.able_edits([many, *rows])["robot"] == ["hat", "red"]  # the most pictures decide
+
+
+def test_a_table_has_the_rows_of_its_number_of_pictures():
+    rows = [row("default", 0, loss="1", count="8"), row("default", 0, loss="3")]
+    loss = [study.summary(rows, table)["default"]["loss"] for table in ("settings", "paper")]
+    assert loss == [(1, None), (3, None)]
 
 
 def test_the_spread_is_of_the_seeds_means():
