@@ -314,7 +314,7 @@ SHOWN = ("to training", "to held-out", "the one", "clip-t", "obedience", "scene"
 
 
 def summary(rows, table, count=None):
-    """{set-up: {column: (mean, deviation)} and "runs"} of a table; count: pictures a prompt of the rows taken."""
+    """{set-up: {column: (mean, deviation)} and "runs"} of a table; count: pictures a prompt of its rows."""
     scored = [row | {"obedience": value} for row, value in zip(rows, obedience(rows))]
     found = {}
     sets, count = PAPER_SETS if table == "paper" else SETS, str(count or COUNT[table])
