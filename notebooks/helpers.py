@@ -44,9 +44,7 @@ def learn(model, name, data, seed=0, **options):
     """Learn a word from a set (study.Data) as `setups.learn` does, and keep the model's other words."""
     others = {word: concept.vectors.detach() for word, concept in model.concepts.items() if word != name}
     [vectors] = setups.learn(model, data, seed, **options).values()
-    setups.forget(model)
-    for word, rows in {**others, name: vectors}.items():
-        model.add_word(word, rows)
+    setups.use(model, {**others, name: vectors})
     return vectors
 
 

@@ -33,10 +33,12 @@ class Setup(NamedTuple):
     ground: bool = False  # whether the ground's colour is counted, for things only
 
 
-def forget(model):
-    """Take all learned words from a model."""
+def use(model, words):
+    """Give a model these learned words, {name: vectors (n, D)}, and no others."""
     model.concepts.clear()
     model.tokenizer.words.clear()
+    for name, vectors in words.items():
+        model.add_word(name, vectors)
 
 
 def templates(data):
@@ -57,13 +59,13 @@ def learn(
     optimizer.  photos(data, seed): other photos.  pool: how masks become those of latents.  options: those
     of `invert`.
     """
-    forget(model)
     table = model.text.table
     if start is None:
         start = torch.zeros(vectors, table.shape[1])
     elif isinstance(start, str):
         start = noun_row(model, data)
-    state = Inversion(model, model.add_word("S*", start), optimizer, step_size)
+    use(model, {"S*": start})
+    state = Inversion(model, model.concepts["S*"], optimizer, step_size)
     state.optimizer = function(model, data) if function else state.optimizer
     state.average = average
     photos = photos(data, seed) if photos else data.photos
@@ -183,7 +185,7 @@ def progressive(model, data, seed, vectors=2):
 
 def per_image(model, data, seed):
     """Learn a word for each picture beside S*, "a photo of S* with S_i", and keep only S*."""
-    forget(model)
+    use(model, {})
     count = len(data.photos)
     names = ["S*", *(f"S{i}" for i in range(1, count + 1))]
     ids = [id for name in names for id in model.tokenizer.add(name)]

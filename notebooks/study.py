@@ -136,7 +136,7 @@ def scores(model, clip, data, text, seed=0, count=8, **sampling):
     near = []
     for name, (prompt, asked) in data.edits.items():
         pictures = draw(model, count * [prompt.format(text)], seed, **sampling)
-        found[name] = statistics.mean(reading.obeys(**asked) for reading in probe.read(pictures))
+        found[name] = probe.obedience(pictures, **asked)
         near.append(clip_t(encoder, tokenizer, pictures, without(prompt)))
     each, right = max(1, count // len(PLACES)), []
     for place, prompt in zip(PLACES, data.scenes):
@@ -166,9 +166,8 @@ def run(model, clip, setup, name, seed, count=8):
     data, began = Data(model, name), time.perf_counter()
     words = setup.learn(model, data, seed)
     found = {"seconds": round(time.perf_counter() - began, 1)}
-    setups.forget(model)
-    for word, vectors in words.items():
-        model.add_word(word, vectors)
+    setups.use(model, words)
+    for vectors in words.values():
         found["length"] = vectors.norm(dim=-1).mean().item()
         found["loss"] = heldout_loss(model, data)
     if setup.pictures:
@@ -202,10 +201,17 @@ def append_row(file, row, columns=COLUMNS):
 
 def provenance():
     """What the rows of today are computed by: the commit and the CPU."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     models = [line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {"commit": commit, "cpu": models[0].split(":")[1].strip() if models else platform.processor()}
+    return {"commit": commit(), "cpu": models[0].split(":")[1].strip() if models else platform.processor()}
+
+
+def commit():
+    """The commit of this tree, "-dirty" behind it if files differ from it; "unknown" outside of git."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def read_lines(file):
@@ -216,15 +222,15 @@ def read_lines(file):
 def load(weights):
     """A folder's model, its CLIP with tokenizer, and what tells its weights from others."""
     model, clip = tinyti.load(weights), tinyti.load_clip(weights / "clip")
-    return model, clip, digest(model, clip[0])
+    return model, clip, digest(model.unet, model.vae, model.text, clip[0])
 
 
-def digest(model, clip):
-    """What tells weights from others: a hash of names as they are loaded, and of values."""
+def digest(*networks):
+    """What tells weights from others: a hash of names as they are loaded, and of values in half precision."""
     found = hashlib.sha256()
-    for part in (model.unet, model.vae, model.text, clip):
-        for name, tensor in sorted(part.state_dict().items()):
-            found.update(name.encode() + tensor.half().numpy().tobytes())
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            found.update(name.encode() + tensor.half().cpu().numpy().tobytes())
     return found.hexdigest()[:8]
 
 
@@ -255,10 +261,7 @@ def compute_bias(args, file):
         for text in ("car", "S*"):
             if any(row["text"] == text and row["seed"] == str(seed) for row in there):
                 continue
-            words = setups.learn(model, data, seed) if text == "S*" else {}
-            setups.forget(model)
-            for word, vectors in words.items():
-                model.add_word(word, vectors)
+            setups.use(model, setups.learn(model, data, seed) if text == "S*" else {})
             readings = probe.read(draw(model, 64 * [f"a photo of a {text}"], seed))
             counts = Counter(reading.colour for reading in readings)
             cars = sum(reading.thing == "car" for reading in readings)

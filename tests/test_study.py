@@ -32,7 +32,7 @@ def walk(function, width, steps=7, n=1):
 
 
 def test_the_default_is_the_librarys(model, robot):
-    setups.forget(model)
+    setups.use(model, {})
     width = model.text.table.shape[1]
     state = Inversion(model, model.add_word("S*", torch.zeros(1, width)))
     ours = walk(state.optimizer, width)

@@ -14,12 +14,10 @@ The paper leaves open which CLIP, sampler, guidance, seeds and texts it took.  W
 """
 
 import csv
-import hashlib
 import io
 import os
 import re
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from functools import partial
@@ -28,13 +26,14 @@ from pathlib import Path
 import torch
 
 import tinyti
-from notebooks.setups import forget
+from notebooks.setups import use
+from notebooks.study import commit, digest
 from tinyti.concept import word_length
 from tinyti.examples import OBJECT_TEMPLATES, make_examples
 from tinyti.files.pictures import SUFFIXES, read_image, read_photos, read_text, to_image
 from tinyti.files.words import read_words, write_words
 from tinyti.inversion import OPTIMIZERS, STEPS, TIMESTEPS, Inversion, invert
-from tinyti.programs.miniature import ROOT, default_guidance
+from tinyti.programs.miniature import default_guidance
 from tinyti.whitened import whitened
 
 from .common import head, row
@@ -91,10 +90,9 @@ def learn(model, args, folder, class_name, run, seed):
             side.step()
         return side.table[side.ids].detach()
     settings = DEFAULT | run
-    forget(model)
-    concept = model.add_word(TOKEN, torch.zeros(1, model.text.table.shape[1]))
+    use(model, {TOKEN: torch.zeros(1, model.text.table.shape[1])})
     examples = make_examples(model, TOKEN, read_photos(folder, model.size)[0], OBJECT_TEMPLATES)
-    state = Inversion(model, concept)
+    state = Inversion(model, model.concepts[TOKEN])
     length = settings["length"] * word_length(model.text.table)
     state.optimizer = partial(whitened, angle=settings["angle"], length=length)
     for _ in invert(model, state, examples, settings["steps"], seed=seed, span=settings["span"]):
@@ -183,25 +181,6 @@ class Judges:
         return means[:2], means[2:]
 
 
-def digest(*networks):
-    """What tells weights from others: names and values as loaded."""
-    found = hashlib.sha256()
-    for network in networks:
-        for name, tensor in sorted(network.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:8]
-
-
-def commit():
-    """The commit of this tree, "-dirty" behind it if files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # -- the rows ------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +263,7 @@ class Bench:
         batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         batches = [batch for batch in batches if not self.rows.found.keys() >= set(batch)]
         if batches:
-            vectors = self.word(run, subject, seed)
-            forget(self.model)
-            self.model.add_word(TOKEN, vectors)
+            use(self.model, {TOKEN: self.word(run, subject, seed)})
         for batch in batches:  # whole batches: the last digits of a picture depend on its neighbours
             numbers = [(int(prompt), int(picture)) for *_, prompt, picture, _, _, _ in batch]
             shown, compared = zip(*(self.texts(subject, i) for i, _ in numbers))

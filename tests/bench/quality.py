@@ -28,8 +28,7 @@ def quality(args):
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as out:
                 for key, (seconds, file) in programs(args, name, seed, Path(out), study.SETS[name]).items():
-                    setups.forget(model)
-                    model.add_word("S*", next(iter(read_words(file).values())))
+                    setups.use(model, {"S*": next(iter(read_words(file).values()))})
                     data = study.Data(model, name)
                     scores = {"seconds": seconds, "loss": study.heldout_loss(model, data)}
                     found.setdefault(key, []).append(scores | study.scores(model, clip, data, "S*"))
