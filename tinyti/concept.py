@@ -1,4 +1,4 @@
-"""Concept: the vectors of a learned word, all that textual inversion trains."""
+"""A learned word and its vectors, the only parameters that Textual Inversion trains."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def word_length(table: Tensor) -> float:
-    """The length of a real word's row in a vocabulary's table (V, D): the rows' 95th percentile.
+    """The length of a real word's row in a vocabulary table (V, D): the 95th percentile of all rows.
 
     Most rows of a small or partly trained table belong to no word and are shorter.
     """
@@ -27,11 +27,11 @@ class Concept(nn.Module):
 
     @staticmethod
     def initial(rows: Tensor, n: int = 1, seed: int = 0) -> Tensor:
-        """Vectors (n, D) to start from, made of m rows of the vocabulary table (m, D) in their order.
+        """Initial vectors (n, D) from m rows of the vocabulary table (m, D), in their order.
 
-        With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n a row starts several
-        vectors, and all but the first of them are moved by a tenth of its length in a random direction, so no
-        two start equal.  ValueError for no rows or n < 1.
+        With m ≥ n each vector is the mean of its share of neighbouring rows.  With m < n several vectors take
+        one row; all but the first are moved by a tenth of its length in a random direction, so no two start
+        equal.  ValueError for no rows, for numbers that are not finite, or for n < 1.
         """
         if n < 1 or rows.ndim != 2 or not len(rows) or not rows.isfinite().all():
             found = f"{n} vectors from rows of shape {tuple(rows.shape)}"
@@ -40,7 +40,7 @@ class Concept(nn.Module):
         if m >= n:
             bounds = [i * m // n for i in range(n + 1)]
             return torch.stack([rows[a:b].mean(dim=0) for a, b in pairwise(bounds)])  # (n, D)
-        sources = [i * m // n for i in range(n)]  # the row that each vector starts at
+        sources = [i * m // n for i in range(n)]  # the row that each vector starts from
         vectors = rows[sources]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(vectors.shape, generator=generator, device="cpu", dtype=torch.float32)
@@ -52,15 +52,15 @@ class Concept(nn.Module):
         return vectors
 
     def insert(self, embeds: Tensor, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Embeddings with the vectors in the places of their ids; both (B, T, D), the ids (B, T).
+        """Return `embeds` (B, T, D) with the word's vectors in the places of its ids in `ids` (B, T).
 
-        `vectors` (B, n, D) are a copy for each sample, where each sample's own gradient is wanted; without
-        them it is the word's.  Out of place, in the dtype of `embeds`.
+        `vectors` (B, n, D), one copy per sample, replace the word's own, so each sample has its own gradient.
+        Out of place, in the dtype of `embeds`.
         """
         vectors = self.vectors if vectors is None else vectors
         mine = torch.arange(self.ids[0], self.ids[-1] + 1, device=ids.device)
         is_mine = ids[..., None] == mine  # (B, T, n)
-        # A product with zeros and ones: unlike indexing's, its gradient adds up in the same order every time.
+        # A product with zeros and ones: its gradient sums in a fixed order; that of indexing does not.
         rows = is_mine.to(vectors.dtype) @ vectors  # (B, T, D)
         return torch.where(is_mine.any(-1, keepdim=True), rows.to(embeds.dtype), embeds)
 
@@ -69,9 +69,9 @@ class Concept(nn.Module):
         return self.vectors.detach().norm(dim=-1)
 
     def nearest(self, table: Tensor, k: int = 5, among: list[int] | None = None) -> list[list[tuple]]:
-        """For each vector the (id, cosine) of the k rows of a vocabulary table (V, D) closest in direction.
+        """Find the k rows of a vocabulary table (V, D) closest in direction to each vector, as (id, cosine).
 
-        Best first; `among` limits the search to some ids.
+        The closest comes first; `among` limits the search to some ids.
         """
         among = torch.tensor(range(len(table)) if among is None else among, device="cpu")
         rows = F.normalize(table.detach()[among.to(table.device)].float(), dim=-1)

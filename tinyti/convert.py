@@ -1,4 +1,4 @@
-"""Show what a file of learned words holds, and convert it:  python -m tinyti.convert IN [OUT]"""
+"""Show the learned words in a file, and convert them:  python -m tinyti.convert IN [OUT]"""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from .programs import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for whatever was refused."""
+    """Run the command line and return the exit status: 0, or 2 for bad input."""
     parser = cli.Parser("Show or convert learned words.")
     parser.prog = "python -m tinyti.convert"
     parser.add_argument("IN", help="a learned word: a file, or the folder that train.py wrote")

@@ -1,6 +1,6 @@
-"""The diffusion: how noise is added (Ho et al., 2006.11239) and how samplers take it away again.
+"""Diffusion: the noise schedule (Ho et al., 2006.11239), and the samplers that remove the noise again.
 
-Nothing here knows a network: a sampler is given a function that predicts."""
+This file knows no network: a sampler takes a function that predicts."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,8 @@ DEFAULT_SPACING = {"ddim": "leading", "ddpm": "leading", "dpm++": "linspace"}  #
 class Schedule:
     """The noise schedule and the samplers' steps; its fields are those of scheduler_config.json.
 
-    `betas` and `alpha_bar` (the product of 1 - beta up to t; (num_train_timesteps,)) are float64.
-    ValueError for values that no schedule has.
+    `betas` and `alpha_bar`, the product of 1 - beta up to t, are float64, (num_train_timesteps,).
+    ValueError for values that are not supported.
     """
 
     num_train_timesteps: int = 1000
@@ -36,7 +36,7 @@ class Schedule:
     timestep_spacing: str | None = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = True
-    rescale_betas_zero_snr: bool = False  # nothing of the picture is left at the last timestep
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise
 
     def __post_init__(self):
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
@@ -45,7 +45,7 @@ class Schedule:
             if value not in choices:
                 raise ValueError(f"{name} is {value!r:.100}; supported are {', '.join(map(str, choices))}")
         if not 0 < start <= end < 1:
-            raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; they rise, between 0 and 1")
+            raise ValueError(f"beta_start is {start!r} and beta_end {end!r}; expected 0 < start <= end < 1")
         if not (1 <= steps <= 100_000 and 0 <= self.steps_offset < steps):
             raise ValueError(f"num_train_timesteps is {steps!r} and steps_offset {self.steps_offset!r}")
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1
@@ -59,12 +59,12 @@ class Schedule:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
             self.alpha_bar = signal.square()
             self.betas[1:] = 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
-        self._tables = {}  # what `_at` reads, by device and dtype
+        self._tables = {}  # cache of `_at`, by device and dtype
 
     def _at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like`; t an int or (B,)."""
         key = like.device, like.dtype
-        if key not in self._tables:  # brought to the device once: each copy would wait for it
+        if key not in self._tables:  # copied once, because each copy would wait for the GPU
             self._tables[key] = [a.sqrt().to(like) for a in (self.alpha_bar, 1 - self.alpha_bar)]
         t = t.to(like.device) if torch.is_tensor(t) else t
         signal, noise = (table[t].reshape(-1, *(1,) * (like.ndim - 1)) for table in self._tables[key])
@@ -86,7 +86,7 @@ class Schedule:
         return signal * eps - noise * x_0
 
     def split(self, x_t: Tensor, prediction: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The two parts that the prediction says x_t is made of: x_0 and eps."""
+        """Split x_t into the x_0 and eps that the prediction implies."""
         signal, noise = self._at(t, x_t)
         if self.prediction_type == "epsilon":
             return (x_t - noise * prediction) / signal, prediction
@@ -95,13 +95,13 @@ class Schedule:
     def timesteps(self, steps: int, sampler: str = "ddim") -> list[int]:
         """The timesteps that a sampler of `steps` steps visits, from high to low (2305.08891, table 2).
 
-        ValueError for more steps than the model was trained on, or than its spacing has room for.
+        ValueError for more steps than the training had timesteps, or than the spacing has room for.
         """
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
-            raise ValueError(f"steps is {steps}; it must lie in 1 … {total}, the steps of the training")
+            raise ValueError(f"steps is {steps}; it must lie in 1 … {total}, the training's timesteps")
         spacing = self.timestep_spacing or DEFAULT_SPACING[sampler]
-        # DPM-Solver++ reserves one point more, for the end of its last step.
+        # DPM-Solver++ reserves one more point, for the end of its last step.
         points = steps + 1 if sampler == "dpm++" and spacing != "trailing" else steps
         if spacing == "linspace":
             t = np.linspace(0, total - 1, points).round()[::-1]
@@ -115,7 +115,7 @@ class Schedule:
         return ts
 
     def _alpha_bar(self, t: int) -> float:
-        """alpha_bar at t as a float; before the first timestep, what the configuration says is there."""
+        """alpha_bar at t as a float; for t < 0 it is 1 or alpha_bar[0], by `set_alpha_to_one`."""
         if t >= 0:
             return self.alpha_bar[t].item()
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
@@ -123,9 +123,9 @@ class Schedule:
     def ddim_step(
         self, x_0: Tensor, eps: Tensor, t: int, t_prev: int, eta: float = 0.0, z: Tensor | None = None
     ) -> Tensor:
-        """The parts of x at t -> x at t_prev (2010.02502, eq. 12 and 16); z is the noise that eta > 0 adds.
+        """x_0 and eps at t -> x at t_prev (2010.02502, eq. 12 and 16); z is the noise that eta > 0 adds.
 
-        With eta 1 it is a draw from q(x at t_prev | x at t, x_0), which is DDPM's step (2006.11239, eq. 7).
+        With eta = 1 it draws from q(x at t_prev | x at t, x_0), which is DDPM's step (2006.11239, eq. 7).
         """
         a, a_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
@@ -133,7 +133,7 @@ class Schedule:
         return x + sigma * z if sigma > 0 else x
 
     def ddim_inverse_step(self, x: Tensor, eps: Tensor, t_prev: int, t: int) -> Tensor:
-        """x at t_prev -> x at t, where ddim_step with this eps comes from (2010.02502, eq. 13)."""
+        """Invert `ddim_step` with this eps and eta = 0: x at t_prev -> x at t (2010.02502, eq. 13)."""
         a_prev, a = self._alpha_bar(t_prev), self._alpha_bar(t)
         return math.sqrt(a / a_prev) * (x - math.sqrt(1 - a_prev) * eps) + math.sqrt(1 - a) * eps
 
@@ -142,7 +142,7 @@ class Schedule:
     ) -> Tensor:
         """x at t -> x at t_prev by DPM-Solver++(2M) (2211.01095, algorithm 2).
 
-        `earlier` is (t, x_0) of the step before; without it the step is of first order.
+        `earlier` is (t, x_0) of the previous step; without it the step is first-order.
         """
         a, a_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         h = self._log_snr(t_prev) - self._log_snr(t)
@@ -154,17 +154,17 @@ class Schedule:
 
     def _log_snr(self, t: int) -> float:
         """lambda_t = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log signal-to-noise ratio."""
-        a = max(self._alpha_bar(t), 2**-24)  # as diffusers does at a zero terminal signal
+        a = max(self._alpha_bar(t), 2**-24)  # as diffusers does at zero terminal SNR
         return 0.5 * math.log(a / (1 - a))
 
 
 def randn(
     shape: Sequence[int], generator: Generator | list[Generator] | None = None, like: Tensor | None = None
 ) -> Tensor:
-    """Standard normal noise; a list of generators draws each sample of the batch from its own.
+    """Standard normal noise; with a list of generators, each sample of the batch comes from its own.
 
-    Drawn on the generator's device in fp32 and brought to `like`'s device and dtype, so that a seed means the
-    same noise wherever the model runs.  ValueError for a list of another length than the batch.
+    It is drawn in fp32 on the generator's device, then copied to the device and dtype of `like`, so a seed
+    gives the same noise wherever the model runs.  ValueError for a list of another length than the batch.
     """
     several = generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None)
     if not all(isinstance(g, Generator) for g in several):
@@ -197,12 +197,12 @@ def denoise(
     generator: Generator | list[Generator] | None = None,
     start: int = 0,
 ) -> Iterator[Tensor]:
-    """Walk from noise to a picture, yielding x after each step; the last one is x_0.
+    """Go from noise to a picture and yield x after each step; the last one is x_0.
 
-    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise; with
-    `start` the first of the timesteps are skipped, and it is x_t at `schedule.timesteps(...)[start]`.
-    Every step is computed in the dtype of x_T.  The next one begins with what was yielded, so a caller who
-    writes into that steers the walk.  ValueError for an unknown sampler, or steps that do not exist.
+    predict(x_t, t) -> the network's prediction, t an int.  x_T (B, C, H, W) is standard normal noise; if the
+    first `start` timesteps are skipped, it is x_t at `schedule.timesteps(...)[start]`.  Steps are computed in
+    the dtype of x_T.  Each step starts from the tensor yielded before, so a caller may change that in place.
+    ValueError for an unknown sampler, or for steps, eta or start out of range.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; there are {', '.join(SAMPLERS)}")

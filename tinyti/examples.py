@@ -1,4 +1,4 @@
-"""Photos and prompts to batches: what the training loop takes."""
+"""Turns photos and prompt templates into batches for the training loop."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from .model import LatentDiffusion
 
 
 class Examples(NamedTuple):
-    """What a word is learned from: the latents of its pictures, and the prompts for each of them."""
+    """The training data of a word: the latents of its pictures, and the prompts for each picture."""
 
     mean: Tensor  # (pictures, flips, C, h, w); a draw is mean + std * noise
     std: Tensor
@@ -30,16 +30,16 @@ class Batch(NamedTuple):
     eps: Tensor  # the noise to predict, (B, C, h, w)
     t: Tensor  # timesteps (B,)
     ids: Tensor  # prompts as token ids (B, T)
-    weight: Tensor | None = None  # of each latent in the loss, (B, 1, h, w); None: all alike
+    weight: Tensor | None = None  # of each latent in the loss, (B, 1, h, w); None: equal weights
 
 
 @torch.no_grad()
 def make_examples(
     model: LatentDiffusion, name: str, photos: list[Photo], templates: Sequence[str], flip: bool = True
 ) -> Examples:
-    """Encode the photos once, both ways round unless `flip` is false, and put the word into the templates.
+    """Encode each photo once, and its mirror image if `flip`, and put the word into the templates.
 
-    ValueError for no photo, no template, or a size that the model does not take.
+    ValueError for no photo, no template, a size that the model cannot take, or a prompt without the word.
     """
     if not photos or not templates or isinstance(templates, str):
         raise ValueError(
@@ -51,19 +51,19 @@ def make_examples(
     for photo in photos:  # one by one: a thousand of them would not fit into memory at once
         views = [photo.pixels, photo.pixels.flip(-1)] if flip else [photo.pixels]
         moments.append(model.encode_moments(torch.stack(views)))  # each (flips, C, h, w)
-        if masked:  # a latent counts as much as the pixel of it that counts most
+        if masked:  # a latent's weight is the largest of its pixels' weights
             mask = torch.ones_like(photo.pixels[:1]) if photo.mask is None else photo.mask
             pooled = F.max_pool2d(mask, model.vae.factor)  # (1, h, w)
             weights.append(torch.stack([pooled, pooled.flip(-1)] if flip else [pooled]))
         caption = photo.caption
-        if caption and model.tokenizer.has_word(caption, name):  # it says itself where the word stands
+        if caption and model.tokenizer.has_word(caption, name):  # it needs no template
             prompts.append([caption] * len(templates))
         else:
             prompts.append([fill_template(template, name, caption) for template in templates])
     for prompt in {prompt for lines in prompts for prompt in lines}:
         stands = model.tokenizer.has_word(prompt, name) if name in model.concepts else name in prompt
         if not stands:
-            raise ValueError(f"{name!r} does not stand alone in {prompt!r:.200}; templates have {{}}")
+            raise ValueError(f"{name!r} does not stand alone in {prompt!r:.200}; set {{}} apart from letters")
     mean, std = (torch.stack(part) for part in zip(*moments))
     return Examples(mean, std, prompts, torch.stack(weights).to(model.device) if masked else None)
 
@@ -78,8 +78,8 @@ def draw_batch(
 ) -> Batch:
     """Draw a picture, a flip, a prompt, a timestep and noise for each of `size` samples.
 
-    span: the part of the timesteps, from 0 to 1, that is drawn from.  quantiles (B,): fixed places in the
-    span, instead of random ones.
+    span: timesteps are drawn from this part of the schedule, in 0 … 1.  quantiles (B,): fixed positions
+    in the span, instead of random ones.
     """
     pictures, flips, *shape = examples.mean.shape
     i = torch.randint(pictures, (size,), generator=generator, device="cpu")
@@ -96,13 +96,13 @@ def draw_batch(
 
 
 def timestep_at(model: LatentDiffusion, u: Tensor, span: tuple[float, float]) -> Tensor:
-    """The timesteps t (B,) at the quantiles u (B,) of a part of the schedule."""
+    """The timesteps t (B,) at the quantiles u (B,), in 0 … 1, of a part of the schedule."""
     (low, high), T = span, model.schedule.num_train_timesteps
     t = ((low + (high - low) * u.double()) * T).long().clamp(max=T - 1)
     return copy_to(t, model.device)
 
 
-# The 27 neutral templates in the paper's supplement.
+# The 27 neutral templates of the paper's supplement.
 OBJECT_TEMPLATES = (
     "a photo of a {}", "a photo of the {}", "the photo of a {}", "a photo of my {}", "a photo of one {}",
     "a photo of a clean {}", "a photo of the clean {}", "a photo of a dirty {}", "a photo of a cool {}",
@@ -113,7 +113,7 @@ OBJECT_TEMPLATES = (
     "a dark photo of the {}", "a rendition of a {}", "a rendition of the {}", "a rendering of a {}",
 )  # fmt: skip
 
-# Those for a style, from the official code, where two stand twice and so are drawn twice as often.
+# The official code's templates for a style; two of them occur twice and so are drawn twice as often.
 STYLE_TEMPLATES = tuple(f"{picture} in the style of {{}}" for picture in (
     "a painting", "the painting", "a picture", "a rendering", "a rendition", "a clean painting",
     "a dirty painting", "a dark painting", "a bright painting", "a cool painting", "a nice painting",
@@ -125,7 +125,8 @@ STYLE_TEMPLATES = tuple(f"{picture} in the style of {{}}" for picture in (
 def read_templates(file: str | Path) -> list[str]:
     """Prompt templates from a text file: one per line, `{}` for the word; blank and `#` lines are skipped.
 
-    OSError if the file is missing, ValueError for a line without `{}`, which is named, or no template at all.
+    OSError if the file is missing.  ValueError for no template, or for a line without `{}` or above 1000
+    characters; it names the line.
     """
     lines = [line.strip() for line in read_text(Path(file)).splitlines()]
     templates = [line for line in lines if line and not line.startswith("#")]
@@ -134,7 +135,7 @@ def read_templates(file: str | Path) -> list[str]:
         raise ValueError(f"{file}, line {number}: '{without}' has no {{}} for the word")
     if long := next((line for line in templates if len(line) > 1000), None):
         raise ValueError(
-            f"{file}, line {lines.index(long) + 1}: {len(long):,} letters; a prompt has 75 tokens"
+            f"{file}, line {lines.index(long) + 1}: {len(long):,} characters; a prompt has 75 tokens"
         )
     if not templates:
         raise ValueError(f"{file}: no templates in it; write one per line, e.g. 'a photo of a {{}}'")
@@ -142,10 +143,10 @@ def read_templates(file: str | Path) -> list[str]:
 
 
 def fill_template(template: str, name: str, caption: str | None = None) -> str:
-    """A template with the word in it, and the picture's caption if it has one.
+    """Put the word into a template, with the picture's caption if it has one.
 
-    A caption with `{}` in it is a template itself and replaces the drawn one; another is put behind it, as
-    AUTOMATIC1111's template "a photo of a [name], [filewords]" does.
+    A caption with `{}` replaces the template.  Any other caption is appended to it, as in AUTOMATIC1111's
+    template "a photo of a [name], [filewords]".
     """
     if caption:
         template = caption if "{}" in caption else f"{template}, {caption}"

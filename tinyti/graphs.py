@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 
-KEPT = 4  # graphs per function, one for each shape of its inputs
+KEPT = 4  # graphs per function, one for each shape and dtype of its inputs
 _thread = threading.local()  # whether this thread calls functions directly
 
-capture_stream = cache(torch.cuda.Stream)  # of each GPU; PyTorch's own belongs to the first that records
+capture_stream = cache(torch.cuda.Stream)  # one per GPU; PyTorch's default belongs to the first to record
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def no_graphs() -> Iterator[None]:
 def record_graph(function: Callable) -> Callable:
     """Wrap a function of tensors so that a GPU launches all its kernels together, as one CUDA graph.
 
-    One by one, the CPU needs longer to launch the kernels than the GPU to compute them.  They are recorded at
-    the first call with each shape, with the weights that are there then; the last four shapes are kept.  The
-    function returns a tensor or several; what comes out of a graph has no gradient.
+    The CPU needs longer to launch the kernels one by one than the GPU needs to compute them.  The first call
+    with each shape records a graph, which reads the weight tensors of that moment; the last four graphs are
+    kept.  The function returns a tensor or several; the outputs of a graph have no gradient.
     """
     graphs = {}
 

@@ -1,9 +1,8 @@
-"""Textual Inversion (Gal et al., 2208.01618): learn the vectors of a word, and nothing else, so that a frozen
-model predicts the noise in pictures of a thing from prompts that name it.  Equation 2 of the paper:
+"""Textual Inversion (Gal et al., 2208.01618, eq. 2): train only the vectors v of a word; the model is frozen.
 
     v* = argmin_v  E  || eps - eps_theta(x_t, t, c(prompt with v)) ||²
 
-On a CPU the same settings give the same bytes (except single samples of 16 pixels on several threads).
+On a CPU the same settings give the same bytes (except batches of one 16-pixel picture on several threads).
 On a GPU the last digits differ, because attention sums its gradients in no fixed order."""
 
 import math
@@ -24,33 +23,34 @@ from .model import LatentDiffusion
 from .whitened import adam, whitened
 
 STEPS, BATCH_SIZE = 50, 8
-OPTIMIZERS = {"whitened": (whitened, 0.12), "adam": (adam, 5e-3)}  # and their steps: an angle, a rate
+OPTIMIZERS = {"whitened": (whitened, 0.12), "adam": (adam, 5e-3)}  # step sizes: radians, learning rate
 AVERAGE = 10  # the word is a running average of about the last 10 points of the path
 EVALUATE_EVERY = 5  # steps
-EVALUATIONS = 8  # samples in the fixed batch that a word is judged by
-# The part of the timesteps that is drawn from.  The paper takes (0, 1), but at the low end the picture is in
-# plain sight, and a prompt hardly changes the loss, which is largest there (notebook 1 has the curves).
+EVALUATIONS = 8  # samples in the fixed evaluation batch
+# Timesteps are drawn from this part of the schedule; the paper uses all of it, (0, 1).  At small t the
+# picture is almost free of noise: the loss is largest, yet the prompt hardly changes it (notebook 1).
 TIMESTEPS = (0.25, 0.95)
 
 
 class Point(NamedTuple):
-    """All that a step changes.  It is replaced as a whole, so Ctrl-C finds the step taken or not taken."""
+    """Everything that a step changes.  A step replaces it as a whole, so Ctrl-C never leaves half a step."""
 
     step: int
     path: Tensor  # where the optimizer stands, (n, D)
     vectors: Tensor  # the word: a running average of the path, (n, D)
-    memory: dict  # the optimizer's
-    scale: float  # of the loss, where gradients would underflow in fp16
+    memory: dict  # the optimizer's state
+    scale: float  # loss scale: keeps fp16 gradients from underflowing
 
 
 class Inversion:
-    """The state of a word while it is learned; `invert` takes it from step to step.
+    """The training state of one word; `invert` advances it step by step.
 
-    `step_size` is the angle of a whitened step, in radians, or Adam's learning rate.  Whitened steps keep the
-    vectors as long as a real word.  Each step sees only a few samples, so the path is noisy.  The word is its
-    running average over `average` steps; prompts use that (`concept`).  `optimizer` may be replaced by a
-    function like those in whitened.py.  `evaluations` are losses on the fixed batch, from step 0 on; `log`
-    has each step's loss, the norm of its gradient and of the word.  No tensor is changed in place.
+    `step_size` is the angle of a whitened step, in radians, or Adam's learning rate.  Whitened steps give the
+    path the length of a real word.  Each step sees only a few samples, so the path is noisy.  The word is its
+    running average over about `average` steps; prompts use that (`concept`).  The attribute `optimizer` may
+    be replaced by a function like those in whitened.py.  `evaluations` are losses on the fixed batch, every
+    EVALUATE_EVERY steps from step 0.  `log` has a row per step: loss, norm of the gradient, length of the
+    word.  Only the tensor `concept.vectors` is changed in place.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Inversion:
         function, default = OPTIMIZERS[optimizer]
         size = default if step_size is None else step_size
         if not 0 < size < (math.pi / 2 if function is whitened else math.inf):
-            raise ValueError(f"the step is {size}; expected an angle below π/2, or a rate, above 0")
+            raise ValueError(f"step_size is {size}; expected an angle below π/2, or a learning rate, above 0")
         length = word_length(model.text.table)
         settings = {"angle": size, "length": length} if function is whitened else {"lr": size}
         self.optimizer = partial(function, **settings)
@@ -78,7 +78,7 @@ class Inversion:
 
     @property
     def step(self) -> int:
-        """The number of steps taken."""
+        """The number of steps taken so far."""
         return self.point.step
 
     @property
@@ -92,23 +92,23 @@ class Inversion:
         return self.point.vectors
 
     def move(self, losses: Tensor, gradients: Tensor) -> None:
-        """Take one step along the gradients (B, n, D) of a batch's losses (B,)."""
+        """Take one step, given a batch's losses (B,) and their gradients (B, n, D)."""
         step, path, vectors, memory, scale = self.point
-        if scale > 1 and not gradients.isfinite().all():  # an fp16 overflow: the batch is lost
+        if scale > 1 and not gradients.isfinite().all():  # fp16 overflow: skip the batch
             scale = scale / 2
         else:
             path, memory = self.optimizer(path, gradients, memory)
             vectors = vectors.lerp(path, max(2 / (step + 2), 1 / self.average))
-        # An fp16 overflow only costs the batch: log 0 instead of NaN.
+        # An fp16 overflow costs only this batch, so the log gets finite numbers (0 for NaN).
         loss, gradient = losses.mean().nan_to_num(), gradients.mean(dim=0).norm().nan_to_num()
-        del self.log[step:]  # of a step that Ctrl-C cut off
+        del self.log[step:]  # the row of a step that Ctrl-C interrupted
         self.log.append(torch.stack([loss, gradient, vectors.norm(dim=-1).mean()]))
         self.point = Point(step + 1, path, vectors, memory, scale)
         self.show(vectors)
 
     @torch.no_grad()
     def show(self, vectors: Tensor) -> None:
-        """Make the word mean these vectors (n, D) in prompts."""
+        """Copy these vectors (n, D) into the concept, so that prompts use them."""
         self.concept.vectors.copy_(vectors)
 
     def is_finite(self) -> bool:
@@ -116,19 +116,19 @@ class Inversion:
         return bool(self.vectors.isfinite().all()) and math.isfinite(self.evaluations[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on exactly from here, on the CPU."""
+        """Return everything that a later run needs to continue exactly from here, as CPU tensors."""
         step, path, vectors, memory, scale = self.point
         log = torch.cat([self.start.new_zeros(0, 3), *(row[None] for row in self.log[: self.step])])
         saved = {"start": self.start, "path": path, "word": vectors, "memory": memory, "scale": scale}
         return _to(saved | {"step": step, "evaluations": [*self.evaluations], "log": log}, "cpu")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on whichever device; the learning rate stays as it was given.
+        """Restore a `state_dict`, moved to this word's device.  This state keeps its own step size.
 
-        ValueError for what is no state of such a word.
+        ValueError if it does not fit this word's shape and optimizer.
         """
         if not _is_state(saved, *self.start.shape, self.optimizer.func is whitened):
-            raise ValueError(f"it is no state of vectors of shape {tuple(self.start.shape)}")
+            raise ValueError(f"this is not the state of vectors of shape {tuple(self.start.shape)}")
         saved = _to(saved, self.start.device)
         self.start, self.evaluations, self.log = saved["start"], [*saved["evaluations"]], [*saved["log"]]
         self.point = Point(saved["step"], saved["path"], saved["word"], saved["memory"], saved["scale"])
@@ -145,12 +145,13 @@ def invert(
     accumulate: int = 1,
     span: tuple[float, float] = TIMESTEPS,
 ) -> Iterator[Inversion]:
-    """Learn a word: a generator that yields its state after each step, until `steps` are taken in all.
+    """Learn a word: yield its state after each step, until it has taken `steps` steps in total.
 
-    batch_size: samples per step, of all processes together; accumulate: parts in which each process computes
-    its share.  span: the part of the timesteps, from 0 to 1, that is drawn from.  It ends early where the
-    evaluation is not a finite number.  The draws of a step depend on `seed` and the step's number alone, so a
-    run that is resumed (Inversion.load_state_dict) or distributed walks the same path.
+    batch_size: samples per step, over all processes.  accumulate: number of parts in which each process
+    computes its share.  span: timesteps are drawn from this part of the schedule, in 0 … 1.  Training stops
+    early if an evaluation is not finite.  A step's draws depend only on `seed` and the step number, so a
+    resumed (Inversion.load_state_dict) or distributed run follows the same path.  TypeError for arguments
+    that are not whole numbers, ValueError for numbers out of range.
     """
     low, high = span
     if not all(isinstance(number, int) for number in (steps, batch_size, seed, accumulate)):
@@ -171,9 +172,9 @@ def invert(
 
 
 def losses(model: LatentDiffusion, batch: Batch, vectors: dict[str, Tensor] | None = None) -> Tensor:
-    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, (B,): a mean over latents, or weighted.
+    """|| eps - eps_theta(x_t, t, c(prompt)) ||² of each sample, (B,): the mean over its latents, or weighted.
 
-    `vectors` {name: (B, n, D)} stand in for a word's own, a copy for each sample.
+    `vectors` {name: (B, n, D)} replace a word's own vectors, one copy per sample.
     """
     x_0, eps, t, ids, weight = batch
     x_t = model.schedule.add_noise(x_0, eps, t)
@@ -190,10 +191,10 @@ def losses(model: LatentDiffusion, batch: Batch, vectors: dict[str, Tensor] | No
 def losses_and_gradients(
     model: LatentDiffusion, name: str, scale: Tensor, vectors: Tensor, *batch: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's loss, (B,), and its gradient in the sample's own copy of the vectors, (B, n, D).
+    """Each sample's loss (B,), and its gradient with respect to its own copy of the vectors, (B, n, D).
 
-    One backward pass gives all of them, because every sample has its own copy.  `batch` are the fields of a
-    Batch; `scale` is a number that the loss is multiplied by on the way, for fp16.
+    One backward pass gives all gradients, because every sample has its own copy.  `batch` are the fields of a
+    Batch.  `scale` is the loss scale for fp16; the gradients are divided by it again.
     """
     copies = vectors.detach().requires_grad_()  # (B, n, D)
     loss = losses(model, Batch(*batch), {name: copies})
@@ -202,9 +203,9 @@ def losses_and_gradients(
 
 
 def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[Tensor, Tensor]:
-    """The losses (B,) and gradients (B, n, D) of a batch at a point, by `compute` (losses_and_gradients).
+    """The losses (B,) and gradients (B, n, D) of a batch at a point; `compute` is losses_and_gradients.
 
-    Each process computes its share, in `accumulate` parts to save memory; all get the whole.
+    Each process computes its share, in `accumulate` parts to save memory; all processes get all rows.
     """
     size = len(batch.x_0)
     accumulate = min(accumulate, size)
@@ -218,7 +219,7 @@ def backward(compute, point: Point, batch: Batch, accumulate: int = 1) -> tuple[
         if start < end:
             part = (x[start:end] for x in (vectors, *batch) if x is not None)
             loss[start:end], gradient[start:end] = compute(scale, *part)
-    if ranks > 1:  # the rows of the others are zero
+    if ranks > 1:  # the rows of other processes are zero, so the sum has all rows
         dist.all_reduce(gradient)
         dist.all_reduce(loss)
     return loss, gradient
@@ -232,8 +233,8 @@ def evaluate(
     span: tuple[float, float] = TIMESTEPS,
     size: int = EVALUATIONS,
 ) -> float:
-    """The loss on a fixed batch: always the same pictures, prompts and noise, and timesteps spread evenly."""
-    generator = Generator().manual_seed(seed + 2**62)  # not a step's
+    """The loss on a fixed batch: always the same pictures, prompts and noise, at evenly spread timesteps."""
+    generator = Generator().manual_seed(seed + 2**62)  # differs from every step's seed
     quantiles = (torch.arange(size, device="cpu", dtype=torch.float32) + 0.5) / size
     return losses(model, draw_batch(model, examples, size, generator, span, quantiles)).mean().item()
 
@@ -241,11 +242,11 @@ def evaluate(
 def evaluate_on_time(
     model: LatentDiffusion, state: Inversion, examples: Examples, seed: int, span: tuple[float, float]
 ) -> None:
-    """Evaluate the word at every EVALUATE_EVERY-th step, once; all processes take the first one's value."""
+    """Evaluate the word once at every EVALUATE_EVERY-th step; all processes use the first one's value."""
     due = state.step % EVALUATE_EVERY == 0
     if due and len(state.evaluations) <= state.step // EVALUATE_EVERY:
         value = torch.tensor(evaluate(model, examples, seed, span), device=model.device, dtype=torch.float32)
-        if dist.is_initialized():  # so that all agree when to end, down to the rounding
+        if dist.is_initialized():  # rounding may differ, but all must stop at the same step
             dist.broadcast(value, 0)
         state.evaluations.append(value.item())
 
@@ -258,7 +259,7 @@ def is_flat(evaluations: list[float]) -> bool:
 
 
 def diagnose(state: Inversion) -> str | None:
-    """Why the word is not to be trusted, in a line; None if it has learned something."""
+    """One line that says why the word is not usable; None if it has learned something."""
     first, last = state.evaluations[0], state.evaluations[-1]
     if not state.is_finite() and state.step == 0:
         return "the loss is not a number from the start; check the weights, or take another --precision"
@@ -273,9 +274,9 @@ def diagnose(state: Inversion) -> str | None:
 
 
 def _is_state(saved: Any, n: int, D: int, has_root: bool) -> bool:
-    """Whether these are the values of a `state_dict` of n vectors of width D, with such an optimizer."""
+    """Whether `saved` is a `state_dict` of n vectors of width D; `has_root`: of the whitened optimizer."""
     if not isinstance(saved, dict) or not isinstance(saved.get("memory"), dict):
-        return False  # a tensor would take a name for an index
+        return False  # a tensor would treat a name as an index
     try:
         step, memory, evaluations = saved["step"], saved["memory"], saved["evaluations"]
         tensors = [(saved[name], (n, D)) for name in ("start", "path", "word")] + [(saved["log"], (step, 3))]
@@ -290,7 +291,7 @@ def _is_state(saved: Any, n: int, D: int, has_root: bool) -> bool:
             and (0 < memory["step"] <= step if memory else step == 0 or saved["scale"] > 1)
             and 1 <= saved["scale"] < math.inf
             and (step > 0) <= len(evaluations)
-            and 0 <= len(evaluations) - step // EVALUATE_EVERY <= 1  # Ctrl-C may come before one
+            and 0 <= len(evaluations) - step // EVALUATE_EVERY <= 1  # Ctrl-C may come before an evaluation
             and all(isinstance(value, float) for value in evaluations)
         )
     except (AttributeError, KeyError, TypeError):

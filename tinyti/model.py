@@ -1,4 +1,4 @@
-"""A latent diffusion model whole: its parts, and the ways from pictures and prompts into it and out again."""
+"""The whole latent diffusion model: its parts, loading, encoding prompts and pictures, sampling, decoding."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from .tokenizer import Tokenizer, as_list
 
 @dataclass
 class LatentDiffusion:
-    """The parts of a text-to-image model, frozen, and the words that it has learned since."""
+    """The frozen parts of a text-to-image model, and the words that it has learned."""
 
     tokenizer: Tokenizer
     text: CLIPText | LDMBert
@@ -51,9 +51,10 @@ class LatentDiffusion:
         return (self.unet.config.sample_size or 64) * self.vae.factor
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError for pictures that the model cannot make, height and width in pixels.
+        """Raise ValueError for pictures that the model cannot make; height and width are in pixels.
 
-        The VAE takes multiples of its factor, and the UNet at least one latent at its lowest resolution.
+        The VAE takes multiples of its factor, up to 4096.  The UNet needs at least one latent at its
+        lowest resolution.
         """
         least = self.vae.factor * 2 ** (len(self.unet.down_blocks) - 1)
         if any(side % self.vae.factor or not least <= side <= 4096 for side in (height, width)):
@@ -62,15 +63,15 @@ class LatentDiffusion:
             raise ValueError(f"{found}: this model takes {takes}, and was trained on {self.size}")
 
     def add_word(self, name: str, vectors: Tensor) -> Concept:
-        """Make a learned word usable in prompts: vectors (n, D) or (D,) -> its Concept.  The only way in.
+        """Make a learned word usable in prompts: vectors (n, D) or (D,) -> its Concept.
 
-        ValueError if the vectors are not as wide as the model's, not finite or too many for a prompt, or the
-        name is taken or cannot be a word.
+        ValueError if the vectors are of another width than the model's, not finite or too many for a prompt,
+        or if the name is taken or cannot be a word.
         """
         vectors = check_vectors(vectors, name, "add_word")
         width, shape = self.text.table.shape[1], tuple(vectors.shape)
         if shape[1] != width or shape[0] > self.tokenizer.length - 2:
-            raise ValueError(f"{name!r} has vectors of shape {shape}, this model's words have (n, {width})")
+            raise ValueError(f"{name!r} has vectors of shape {shape}; this model's words have (n, {width})")
         concept = Concept(name, vectors, self.tokenizer.add(name, len(vectors))).to(self.device)
         self.concepts[name] = concept
         return concept
@@ -80,9 +81,9 @@ class LatentDiffusion:
         return copy_to(self.tokenizer(prompts), self.device)
 
     def encode_prompts(self, prompts: list[str] | Tensor, vectors: dict[str, Tensor] | None = None) -> Tensor:
-        """Prompts, or their ids (B, T) -> context (B, T, D), with every learned word in its place.
+        """Prompts, or their ids (B, T) -> context (B, T, D), with the learned words inserted.
 
-        `vectors` {name: (B, n, D)} stand in for a word's own: a copy for each prompt (Concept.insert).
+        `vectors` {name: (B, n, D)} replace a word's own vectors, one copy per prompt (Concept.insert).
         """
         ids = prompts if torch.is_tensor(prompts) else self.tokenize(prompts)
         copies = vectors or {}
@@ -107,14 +108,14 @@ class LatentDiffusion:
             found = f"{images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(f"images are {found}; expected floats of shape (B, 3, H, W)")
         self.check_size(*images.shape[-2:])
-        if not images.abs().max() <= 1.01:  # true of NaN, too
-            raise ValueError("an image has values outside of [-1, 1]; make it by to_tensor")
+        if not images.abs().max() <= 1.01:  # NaN is refused, too
+            raise ValueError("an image has values outside of [-1, 1]; convert it by to_tensor")
         moments = self.vae.encode(images.to(self.device, self.dtype))
         mean, std = (part.float() * self.vae.config.scaling_factor for part in moments)
         return mean, std
 
     def encode_images(self, images: Tensor, generator: Generator | list[Generator] | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f), a draw, of unit variance, fp32."""
+        """Images (B, 3, H, W) in [-1, 1] -> sampled latents (B, C, H/f, W/f) of unit variance, fp32."""
         mean, std = self.encode_moments(images)
         return mean + std * randn(mean.shape, generator, mean)
 
@@ -134,10 +135,10 @@ def load(
 ) -> LatentDiffusion:
     """Load a model folder or a single file as published (weights/README.md).
 
-    `prediction`, "epsilon" or "v_prediction", overrules the scheduler's configuration, and is needed for
-    single files of Stable Diffusion 2; `tokenizer` is a folder, in place of the one beside the weights;
-    `clip_skip` counts the text transformer's layers from the end, 1 is the last (Stable Diffusion 1 only).
-    FileNotFoundError where something is not there, ValueError where it is not what is supported.
+    `prediction`, "epsilon" or "v_prediction", overrides the scheduler's configuration; single files of Stable
+    Diffusion 2 need it.  `tokenizer` is a folder that replaces the one beside the weights.  The text
+    transformer runs without its last `clip_skip` - 1 layers (Stable Diffusion 1 only).
+    FileNotFoundError if a file is missing, ValueError if a file or an argument is not supported.
     """
     path = Path(path)
     with explain_errors(device, "device of PyTorch", "take cpu, cuda or mps"):
@@ -149,12 +150,12 @@ def load(
     if prediction not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"prediction is {prediction!r}; it is epsilon, v_prediction or nothing")
     if not path.exists():
-        hint = "weights/README.md has a command for each public model, this one is Stable Diffusion 1.5's"
+        hint = "weights/README.md has a command for each public model; this one is for Stable Diffusion 1.5"
         raise FileNotFoundError(f"there is no model at {path}; {hint}: {DOWNLOAD}")
     parts = read_folder(path) if path.is_dir() else read_single_file(path, prediction)
     folder = Path(parts.tokenizer if tokenizer is None else tokenizer)
     if not folder.is_dir():
-        hint = "copy the model's tokenizer folder to that place, or name it with tokenizer= (--tokenizer)"
+        hint = "copy the model's tokenizer folder there, or name it with tokenizer= (--tokenizer)"
         raise FileNotFoundError(f"there is no vocabulary at {folder}, and the weights hold none; {hint}")
     vocabulary = Tokenizer.from_folder(folder)
     schedule = parts.schedule(prediction)
@@ -176,7 +177,7 @@ def load(
 def load_clip(
     path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[CLIP, Tokenizer]:
-    """Load a CLIP folder like openai/clip-vit-base-patch32, with its vocabulary; errors as of `load`."""
+    """Load a CLIP folder like openai/clip-vit-base-patch32, with its tokenizer; errors as in `load`."""
     path = find_snapshot(Path(path))
     config, weights, preprocess = read_clip(path)
     clip = build(config, weights, path, device, dtype, preprocess=preprocess)
@@ -184,7 +185,7 @@ def load_clip(
 
 
 def load_dino(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DINO:
-    """Load a vision transformer's folder like facebook/dino-vits16; errors as of `load`."""
+    """Load a vision transformer's folder like facebook/dino-vits16; errors as in `load`."""
     return build(*read_dino(find_snapshot(Path(path))), device, dtype)
 
 
@@ -202,13 +203,13 @@ def sample(
     x_T: Tensor | None = None,
     start: int = 0,
 ) -> Iterator[Tensor]:
-    """Draw pictures for the prompts: a generator of x_t (B, C, H, W), fp32, after each step; the last is x_0.
+    """Draw pictures for the prompts: yield latents x_t (B, C, H, W), fp32, after each step; the last is x_0.
 
     `guidance` is the scale of classifier-free guidance (2207.12598), against the prompt `negative`; at 1 or
-    below there is none.  `generator`: one, or a list of one per prompt, whose pictures then do not depend on
-    the batch.  `size`: pixels, (height, width) or one number, as `check_size` allows.  `x_T` (B, C, H, W)
-    takes the place of the initial noise, or is x_t where the first `start` steps are skipped.  Decode with
-    `model.decode`.  ValueError for a size, a sampler or steps that do not exist.
+    below there is none.  `generator`: one, or a list with one per prompt, so that a picture does not depend
+    on the rest of the batch.  `size`: pixels, (height, width) or one number, as `check_size` allows.  `x_T`
+    (B, C, H, W) replaces the initial noise; if the first `start` steps are skipped, it is x_t there.  Decode
+    with `model.decode`.  ValueError for a size, a sampler or a number of steps that is not supported.
     """
     prompts = as_list(prompts)
     if not math.isfinite(guidance := float(guidance)):
@@ -223,7 +224,7 @@ def sample(
         found = f"of shape {tuple(x_T.shape)}, or not finite"
         raise ValueError(f"x_T is {found}; expected ({len(prompts)}, {channels}, H, W)")
     model.check_size(*(side * factor for side in x_T.shape[-2:]))
-    # The state stays in fp32: its rounding would add up over the steps, while the networks' does not.
+    # x_t stays in fp32: its rounding errors would add up over the steps; those of the networks do not.
     x_T = x_T.to(model.device, torch.float32)
     context = model.encode_prompts(prompts)
     if guidance > 1:

@@ -1,7 +1,7 @@
 """Text to token ids: CLIP's byte pairs (Stable Diffusion), BERT's word pieces (the paper's LDM), new words.
 
-Learned words are cut out of the raw text first, and the pretrained tokenizer sees only what is left.  So its
-vocabulary never changes, and a name such as `*` or `cat` costs the model nothing it knew."""
+Learned words are cut out of the raw text first; the pretrained tokenizer sees only the rest.  So its
+vocabulary never changes, and even `*` or `cat` can name a word."""
 
 import json
 import re
@@ -26,13 +26,13 @@ BERT_SPECIAL = {
     "mask_token": "[MASK]",
 }
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-MOST_VOCABULARY_BYTES = 64 * 2**20  # of a vocabulary's file
-LETTER = r"[\p{L}\p{N}_*]"  # what continues a word
-BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # and all that can be joined to it
+MOST_VOCABULARY_BYTES = 64 * 2**20  # per file of the folder
+LETTER = r"[\p{L}\p{N}_*]"  # a character that continues a word
+BEFORE = LETTER + r"[\p{M}\u200c\u200d🏻-🏿]*"  # with its accents, joiners and skin tones
 
 
 def as_list(prompts: str | list[str]) -> list[str]:
-    """One prompt or several, as a list; TypeError for what is no text, ValueError for none."""
+    """One prompt or several, as a list; TypeError for one that is not a string, ValueError for none."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
         raise TypeError(f"a prompt is a string, not {type(other[0]).__name__}")
@@ -44,8 +44,8 @@ def as_list(prompts: str | list[str]) -> list[str]:
 class Tokenizer:
     """Turns prompts into the ids that a text transformer embeds.
 
-    `start` and `end` enclose a prompt, `pad` fills it up to `length` ids.  `vocab_size` counts the pretrained
-    ids; `words` maps each learned word to its ids, which follow from `vocab_size` upwards.
+    `start` and `end` enclose a prompt; `pad` fills it up to `length` ids.  `vocab_size` counts the pretrained
+    ids.  `words` maps each learned word to its ids, which start at `vocab_size`.
     """
 
     def __init__(self, core: Core, start: int, end: int, pad: int, length: int = 77):
@@ -66,7 +66,7 @@ class Tokenizer:
             return cls._from_folder(Path(folder))
         except FileNotFoundError:
             raise
-        except Exception as error:  # which is what `tokenizers` raises for damaged files
+        except Exception as error:  # `tokenizers` raises this for damaged files
             found = " ".join(f"{folder} does not describe a tokenizer ({error})".split("\n"))
             raise ValueError(found) from None
 
@@ -80,7 +80,7 @@ class Tokenizer:
         config = _settings(folder, "tokenizer_config.json") | _settings(folder, "special_tokens_map.json")
         core = _read_core(folder, config)
         is_clip = isinstance(core.model, models.BPE)
-        # CLIP's vocabulary spells the two bytes of é as Ã©, BERT's a later piece of a word as ##s
+        # CLIP's vocabulary spells the two bytes of é as Ã©; BERT's marks a later piece of a word, as in ##s.
         core.decoder = decoders.ByteLevel() if is_clip else decoders.WordPiece()
         roles = CLIP_SPECIAL if is_clip else BERT_SPECIAL
         special = {role: _added_token(config.get(role) or default) for role, default in roles.items()}
@@ -89,7 +89,7 @@ class Tokenizer:
             if id is None:
                 raise ValueError(f"{role} {special[role].content!r} is not in the vocabulary")
         core.model.unk_token = special["unk_token"].content
-        # The order matters: of two roles that share a token, the last says how it is found in a text.
+        # The order matters: if two roles share a token, the last one sets how it is matched in a text.
         saved = {token.content for token in core.get_added_tokens_decoder().values()}
         core.add_tokens([token for token in special.values() if token.content not in saved])
         if sorted(core.get_vocab().values()) != list(range(core.get_vocab_size())):
@@ -122,7 +122,7 @@ class Tokenizer:
         return any(found == name for found, _ in self._find_words(text))
 
     def without_words(self, text: str) -> str:
-        """A text with a space in the place of every learned word."""
+        """A text with each learned word replaced by a space."""
         rest, start = "", 0
         for _, (begin, end) in self._find_words(text):
             rest += text[start:begin] + " "
@@ -136,11 +136,11 @@ class Tokenizer:
         """The learned words in a text, by the rule of `add`: [(word, (begin, end)), ...]."""
         if not self.words:
             return []
-        # A text may spell é as one character or as two; either means the word.
+        # A text may spell é as one character or as two; both match the word.
         forms = {unicodedata.normalize(f, word): word for word in self.words for f in ("NFC", "NFD")}
         forms |= {word: word for word in self.words}
         words = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-        # \y is where one visible character ends and the next begins
+        # \y matches between two visible characters (grapheme clusters).
         rule = rf"\y(?<!{BEFORE})(?<!{BEFORE}['’])(?:{words})\y(?!{LETTER})"
         split = pre_tokenizers.Split(Regex(rule), behavior="removed", invert=True)
         return [(forms[found], place) for found, place in split.pre_tokenize_str(text)]
@@ -148,12 +148,14 @@ class Tokenizer:
     def add(self, word: str, n: int = 1) -> list[int]:
         """Register a learned word and return its `n` consecutive ids.
 
-        A prompt means the word wherever it stands alone, in exactly this spelling: neither neighbour is a
-        letter, digit, `_` or `*`, no apostrophe ties it to one of these before it (the t of don't), and no
-        visible character, such as a family emoji, is cut in two.  So `S*` is found in "(S*)", "S*'s" and
-        "S*-like", not in "cats*", "S*2", "S**".  Of overlapping words the leftmost counts, then the longest.
+        The word is found wherever it stands alone, in exactly this spelling.  Its neighbours must not be
+        letters, digits, `_` or `*`, and no apostrophe may join it to one of these before it (the t of don't).
+        A match never splits a visible character such as a family emoji.  So `S*` is found in "(S*)", "S*'s"
+        and "S*-like", not in "cats*", "S*2", "S**".  Among overlapping words the leftmost wins, then the
+        longest.
 
-        Raises ValueError for an empty word, white space in it, a word added before, or n < 1.
+        Raises ValueError for an empty word, white space or control characters in it, a word added before, or
+        n < 1.
         """
         if not word or any(c.isspace() or unicodedata.category(c) in ("Cc", "Cs") for c in word):
             found = f"a learned word must be non-empty and without white space, got {word!r}"
@@ -167,7 +169,7 @@ class Tokenizer:
         return list(self.words[word])
 
     def token(self, id: int) -> str:
-        """How an id reads: "cat" for `cat</w>`, "##s" for a later piece of a BERT word, or a learned word."""
+        """The text of an id: "cat" for `cat</w>`, "##s" for a later piece in BERT, or a learned word."""
         learned = [word for word, ids in self.words.items() if id in ids]
         entry = self.core.id_to_token(id)
         if entry is None and not learned:
@@ -175,25 +177,25 @@ class Tokenizer:
         return learned[0] if learned else self.core.decoder.decode([entry]).removesuffix("</w>")
 
     def single(self, word: str) -> int | None:
-        """The id of a word of letters only that is one entry of the vocabulary; None for any other."""
+        """The id of a word that is letters only and one entry of the vocabulary; None for any other."""
         ids = self._encode_plain(word)
-        # (what is not in the vocabulary at all may be one id too, [UNK], which is not of letters)
+        # An unknown word may be one id, too: [UNK], which is not letters only.
         return ids[0] if word.isalpha() and len(ids) == 1 and self.token(ids[0]).isalpha() else None
 
     def word_ids(self) -> list[int]:
-        """Ids of those vocabulary entries that are whole words of letters only, in order."""
-        # CLIP marks the end of a word (cat</w>), BERT every piece that is not its beginning (##s).
+        """The sorted ids of all vocabulary entries that are whole words of letters only."""
+        # CLIP marks the end of a word (cat</w>); BERT marks every piece but the first (##s).
         ending = getattr(self.core.model, "end_of_word_suffix", "")
         entries = self.core.get_vocab().items()
         return sorted(id for entry, id in entries if entry.endswith(ending) and self.token(id).isalpha())
 
 
 def _read_core(folder: Path, config: dict) -> Core:
-    """The vocabulary of a folder, with the tokens that were added after its training."""
-    if (folder / "tokenizer.json").is_file():  # the whole
+    """The tokenizer of a folder, with the tokens that were added after its training."""
+    if (folder / "tokenizer.json").is_file():  # holds everything
         steps = (_settings(folder, "tokenizer.json").get("normalizer") or {}).get("normalizers", [])
         if len(steps) > 8:  # each may double the length of a text
-            raise ValueError(f"its text passes {len(steps)} normalizers, expected at most 8")
+            raise ValueError(f"tokenizer.json has {len(steps)} normalizers, expected at most 8")
         core = Core.from_file(str(folder / "tokenizer.json"))
         core.no_truncation()
         core.no_padding()
@@ -223,7 +225,7 @@ def _read_core(folder: Path, config: dict) -> Core:
         )
 
     added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
-    if not added:  # an older folder, with a file for them
+    if not added:  # older folders have a file for them
         words = _settings(folder, "added_tokens.json").items()
         added = {int(id): {"content": word, "normalized": True} for word, id in words}
     core.add_tokens([_added_token(token) for _, token in sorted(added.items())])
@@ -231,7 +233,7 @@ def _read_core(folder: Path, config: dict) -> Core:
 
 
 def _added_token(value: str | dict) -> AddedToken:
-    """A token that is never split: a plain one is sought in the raw text, a saved one as its flags say."""
+    """A token that is never split; a string is matched in the raw text, a saved token as its flags say."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
@@ -239,7 +241,7 @@ def _added_token(value: str | dict) -> AddedToken:
 
 
 def _settings(folder: Path, name: str) -> dict:
-    """The content of a .json file, nothing if it is not there."""
+    """The content of a .json file; {} if there is none."""
     if not (folder / name).is_file():
         return {}
     try:

@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 def transformer(config, causal: bool) -> nn.ModuleDict:
-    """The layers of a tower, named encoder.layers.i as in transformers, by the fields of a TextConfig."""
+    """The layers of a tower, by a TextConfig or VisionConfig; named encoder.layers.i as in transformers."""
     dim, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     numbers = dim, inner, heads, config.hidden_act, config.layer_norm_eps
     layers = [Layer(*numbers, causal) for _ in range(config.num_hidden_layers)]
@@ -95,10 +95,9 @@ class CLIPText(nn.Module):
         return self.embeddings["token_embedding"].weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word rows only, before positions: ids (B, T) -> embeds (B, T, D).
+        """Look up the word rows, without positions: ids (B, T) -> embeds (B, T, D).
 
-        Ids at or above the vocabulary belong to learned words; their rows are a stand-in, for
-        `Concept.insert` to replace.
+        Ids outside the vocabulary belong to learned words; they get row 0, and `Concept.insert` replaces it.
         """
         return self.embeddings["token_embedding"](ids.where(ids < self.config.vocab_size, 0))
 

@@ -15,26 +15,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), heads, causal).bfloat16()
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D / heads)
-    # The kernels keep the scores in fp32 whatever the inputs: in SD2.1 they exceed fp16's range.
+    # The kernels keep the scores in fp32 for any inputs; in SD2.1 the scores exceed fp16's range.
     x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return x.transpose(1, 2).flatten(2)
 
 
 def embedding(count: int, dim: int) -> nn.Embedding:
-    """A table of `count` rows whose values are still to come, from a file or a recipe."""
-    # nn.Embedding's own random start makes PyTorch import its compiler on the meta device: a second per load.
+    """A table (count, dim) of uninitialised values, to be loaded from a file or set by the caller."""
+    # Random initialisation on the meta device makes PyTorch import its compiler: a second per load.
     return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
 
 
 def check_heads(heads: int, dim: int) -> int:
-    """Return the number of heads if it divides the width that they share; else raise ValueError."""
+    """Return the number of heads if it divides the width `dim`; else raise ValueError."""
     if dim % heads:
         raise ValueError(f"{heads} heads do not divide a width of {dim}")
     return heads
 
 
 class Attention(nn.Module):
-    """Attention from x (B, T, dim) to a context (B, S, context_dim), or to x itself when there is none."""
+    """Attention from x (B, T, dim) to a context (B, S, context_dim), or to x itself if there is none."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -58,13 +58,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around a shortcut: x (B, c_in, H, W), temb (B, temb_dim) -> (B, c_out, H, W)."""
+    """Two convolutions with a shortcut: x (B, c_in, H, W), temb (B, temb_dim) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None  # the VAE knows no time
+        self.time_emb_proj = nn.Linear(temb_dim, c_out) if temb_dim else None  # the VAE has no timestep
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()

@@ -1,5 +1,5 @@
 """The text transformer of the paper's own model, LDM text2img 1.45B: BERT's vocabulary, trained from
-scratch with the diffusion model (Rombach et al., 2112.10752).  Not causal, no mask over the padding."""
+scratch with the diffusion model (Rombach et al., 2112.10752).  It is not causal and masks no padding."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class LDMBertConfig:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention whose heads are narrower than the stream (8 × 64 in 1280): (B, T, D) -> same."""
+    """Self-attention; the heads together are narrower than D (8 × 64 in 1280): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LDMBertConfig):
         super().__init__()
@@ -75,10 +75,9 @@ class LDMBert(nn.Module):
         return self.model["embed_tokens"].weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word rows only, before positions: ids (B, T) -> embeds (B, T, D).
+        """Look up the word rows, without positions: ids (B, T) -> embeds (B, T, D).
 
-        Ids at or above the vocabulary belong to learned words; their rows are a stand-in, for
-        `Concept.insert` to replace.
+        Ids outside the vocabulary belong to learned words; they get row 0, and `Concept.insert` replaces it.
         """
         return self.model["embed_tokens"](ids.where(ids < self.config.vocab_size, 0))
 

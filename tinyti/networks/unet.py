@@ -1,6 +1,6 @@
 """The noise predictor of latent diffusion: a UNet whose attention reads the prompt at every resolution.
 
-Stable Diffusion 1, 2 and the paper's LDM are the same network with other numbers in its configuration."""
+Stable Diffusion 1, 2 and the paper's LDM share this network; only their configurations differ."""
 
 from dataclasses import dataclass
 
@@ -27,11 +27,11 @@ class UNetConfig:
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    sample_size: int | None = None  # latents per side that the model was trained at
+    sample_size: int | None = None  # latents per side in training
 
 
 class GEGLU(nn.Module):
-    """x (..., dim) -> (..., inner): one half of a projection gated by the GELU of the other."""
+    """x (..., dim) -> (..., inner): the GELU of one half of a projection gates the other half."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -43,7 +43,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the prompt, feed-forward, each on top of its input: (B, HW, dim)."""
+    """Self-attention, attention to the prompt, feed-forward, each added to its input: (B, HW, dim)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
@@ -82,17 +82,17 @@ class Transformer(nn.Module):
 
     @staticmethod
     def _project(layer, h):
-        # A 1×1 convolution is a linear layer with two idle dimensions; SD1 publishes the one, SD2 the other.
+        # A 1×1 convolution is a linear layer; SD1 publishes the convolution, SD2 the linear layer.
         return F.linear(h, layer.weight.flatten(1), layer.bias)
 
 
 def resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
-    """A residual block that is told the timestep."""
+    """A residual block that takes the timestep embedding."""
     return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0])
 
 
 class Block(nn.Module):
-    """One resolution of the UNet: resnets, a transformer behind each where there is attention, resampling."""
+    """One resolution of the UNet: resnets, a transformer after each if `kind` has attention, resampling."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
     def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        """The i-th resnet and the transformer behind it, if any: x (B, C, H, W) -> (B, c_out, H, W)."""
+        """Apply the i-th resnet and its transformer, if any: x (B, C, H, W) -> (B, c_out, H, W)."""
         x = self.resnets[i](x, temb)
         return self.attentions[i](x, context) if self.attentions else x
 
@@ -147,7 +147,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         linear_1, linear_2 = nn.Linear(widths[0], 4 * widths[0]), nn.Linear(4 * widths[0], 4 * widths[0])
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        skips = [widths[0]]  # channels of every activation that the way up will read again
+        skips = [widths[0]]  # channels of each activation that an up block reads again
         self.down_blocks = nn.ModuleList()
         for i, (kind, c_out) in enumerate(zip(down, widths)):
             last = i == len(widths) - 1
@@ -170,7 +170,7 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         """x_t (B, C, H, W), t (B,) or a number in [0, 1000), context (B, T, D) -> prediction (B, C, H, W)."""
-        if not torch.is_tensor(t):  # filled in on the device: a copy from the host would wait for it
+        if not torch.is_tensor(t):  # filled on the device, because a copy would wait for the GPU
             t = torch.full((), t, device=x_t.device)
         t = t.to(x_t.device).expand(len(x_t))  # (B,)
         temb = timestep_embedding(t, self.conv_in.out_channels)  # (B, c)
@@ -184,7 +184,7 @@ class UNet(nn.Module):
                 x = self._run(block.layer, i, x, temb, context)  # (B, c_i, H / 2^i, W / 2^i)
                 skips.append(x)
             for downsample in block.downsamplers:
-                x = downsample(x)  # half of it, rounded up
+                x = downsample(x)  # half the size, rounded up
                 skips.append(x)
 
         x = self._run(self.mid_block, x, temb, context)  # (B, c_n, H / 2^n, W / 2^n)
@@ -194,7 +194,7 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, c_i + c_skip, …)
                 x = self._run(block.layer, i, x, temb, context)  # (B, c_i, …)
             for upsample in block.upsamplers:
-                x = upsample(x, size=skips[-1].shape[2:])  # odd: less than doubled
+                x = upsample(x, size=skips[-1].shape[2:])  # the skip's size: 2H or 2H - 1
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, C, H, W)
 
     def _run(self, layer, *args):

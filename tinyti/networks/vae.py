@@ -1,6 +1,6 @@
 """The autoencoder of latent diffusion (Rombach et al., 2112.10752): images <-> latents.
 
-In training a picture is encoded to a Gaussian; diffusion runs on samples of it, scaled to unit variance."""
+The encoder gives a Gaussian for each image; diffusion runs on samples of it, scaled to unit variance."""
 
 from dataclasses import dataclass
 
@@ -113,7 +113,7 @@ class VAE(nn.Module):
 
     @property
     def factor(self) -> int:
-        """How many pixels, each way, one latent stands for."""
+        """Pixels per latent along each side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

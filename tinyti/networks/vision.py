@@ -1,5 +1,6 @@
-"""CLIP with its image tower (Radford et al., 2103.00020): how near a picture is to a prompt or to another
-picture; and DINO's (Caron et al., 2104.14294).  For measuring only; no word is learned with them."""
+"""CLIP with its image tower (Radford et al., 2103.00020), and DINO (Caron et al., 2104.14294).
+
+They only measure how similar a picture is to a prompt or another picture; no word is learned with them."""
 
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ class VisionConfig:
 
 @dataclass
 class CLIPConfig:
-    """A published CLIP: both towers and the width of the space in which they meet."""
+    """The configuration of a published CLIP: both towers, and the width of their common space."""
 
     text_config: TextConfig = field(default_factory=TextConfig)
     vision_config: VisionConfig = field(default_factory=VisionConfig)
@@ -71,7 +72,7 @@ class CLIPVision(nn.Module):
 
 @dataclass
 class Preprocessing:
-    """A picture's way into the image tower, by preprocessor_config.json; OpenAI's values by default."""
+    """Prepares pictures for the image tower, as preprocessor_config.json says; the defaults are OpenAI's."""
 
     resize: int = 224  # shortest side
     crop: int = 224
@@ -98,12 +99,12 @@ class Preprocessing:
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _margin(self, rest):
-        """What is cut off at the left or the top, of all that is cut off; transformers rounds it down."""
+        """The pixels to crop at the left or the top, of `rest` in all; transformers rounds down."""
         return rest // 2
 
 
 class CLIP(nn.Module):
-    """Both towers and their projections into one space, in which cosine measures likeness."""
+    """Both towers and their projections into a common space, where the cosine measures similarity."""
 
     def __init__(self, config: CLIPConfig, preprocess: Preprocessing | None = None):
         super().__init__()
@@ -128,8 +129,8 @@ class CLIP(nn.Module):
     def encode_text(self, ids: Tensor, embeds: Tensor | None = None) -> Tensor:
         """ids (B, T), and embeds (B, T, D) if they hold learned words -> (B, P) of length 1."""
         context = self.text_model(self.text_model.embed(ids) if embeds is None else embeds)
-        # The first end token's state stands for the prompt.  Its place is found by id: argmax, as in the
-        # original, would take a learned word's.  Old configurations say 2 where they mean the last id.
+        # The first end token's state represents the prompt.  It is found by its id: the largest id, as in the
+        # original, would be a learned word's.  Old configurations say 2 but mean the last id.
         config = self.config.text_config
         end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
         pooled = context[torch.arange(len(ids)), (ids == end).int().argmax(dim=-1)]
@@ -138,7 +139,7 @@ class CLIP(nn.Module):
 
 @dataclass
 class DINOConfig(VisionConfig):
-    """The fields of a vision transformer's config.json that shape the network; DINO is a small one."""
+    """The fields of a vision transformer's config.json that shape the network, such as DINO's."""
 
     patch_size: int = 16
     hidden_act: str = "gelu"
@@ -147,9 +148,9 @@ class DINOConfig(VisionConfig):
 
 @dataclass
 class DINOPreprocessing(Preprocessing):
-    """A picture's way into DINO as in its own evaluation (eval_knn.py), which the DreamBooth paper follows.
+    """Prepares pictures as DINO's own evaluation does (eval_knn.py); the DreamBooth paper follows it.
 
-    Its numbers are those of torchvision's Resize, CenterCrop and Normalize on PIL pictures.  The
+    The result equals torchvision's Resize, CenterCrop and Normalize on PIL pictures.  The
     preprocessor_config.json of facebook/dino-vits16 resizes without a crop, and is not read.
     """
 
@@ -158,7 +159,7 @@ class DINOPreprocessing(Preprocessing):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def _margin(self, rest):
-        return round(rest / 2)  # halves to the even number, as torchvision
+        return round(rest / 2)  # rounds a half to even, as torchvision does
 
 
 class DINOEmbeddings(nn.Module):
@@ -180,7 +181,7 @@ class DINOEmbeddings(nn.Module):
 
 class DINO(nn.Module):
     """A vision transformer (Dosovitskiy et al., 2010.11929): images (B, 3, S, S) -> the class token's last
-    state (B, D).  Its cosines are the measure DINO of the DreamBooth paper (2208.12242)."""
+    state (B, D).  Its cosine similarity is the measure DINO of the DreamBooth paper (2208.12242)."""
 
     def __init__(self, config: DINOConfig):
         super().__init__()
