@@ -302,6 +302,10 @@ def test_an_optimizer_of_ones_own(model, examples):
     state.move(torch.ones(2), gradients)
     state.move(torch.ones(2), 2 * gradients)
     torch.testing.assert_close(state.vectors, state.start - 3 * gradients.mean(dim=0))
+    resumed = begin(model)
+    resumed.optimizer, resumed.average = state.optimizer, state.average
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.step == 2 and torch.equal(resumed.vectors, state.vectors)
 
 
 def test_an_overflow_of_fp16_costs_a_batch_and_half_of_the_scale(model):

@@ -125,9 +125,11 @@ class Inversion:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore a `state_dict`, moved to this word's device.  This state keeps its own step size.
 
-        ValueError if it does not fit this word's shape and optimizer.
+        ValueError if it does not fit this word's shape and optimizer.  The state of a function that replaced
+        `optimizer` is not checked.
         """
-        if not _is_state(saved, *self.start.shape, self.optimizer.func is whitened):
+        function = getattr(self.optimizer, "func", None)
+        if function in (whitened, adam) and not _is_state(saved, *self.start.shape, function is whitened):
             raise ValueError(f"this is not the state of vectors of shape {tuple(self.start.shape)}")
         saved = _to(saved, self.start.device)
         self.start, self.evaluations, self.log = saved["start"], [*saved["evaluations"]], [*saved["log"]]
