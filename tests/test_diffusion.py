@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from tinyti.diffusion import Schedule, denoise, randn
+from tinyti.diffusion import CHOICES, Schedule, denoise, randn
 from tinyti.files.folder import read_config
 
 from . import published
@@ -176,3 +176,10 @@ def test_the_state_keeps_its_precision_whatever_the_network_has():
     assert kept.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     errors = [(x.float() - exact).square().mean().sqrt() for x in (kept, rounded)]
     assert errors[0] < errors[1] / 1.5
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_settings_that_are_not_supported(name):
+    message = re.escape(f"{name} is 'another'; supported are {', '.join(map(str, CHOICES[name]))}")
+    with pytest.raises(ValueError, match=message):
+        Schedule(**SD | {name: "another"})

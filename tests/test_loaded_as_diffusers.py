@@ -450,6 +450,17 @@ def test_fewer_positions_than_prompts_are_long(tmp_path):
     refused(folder, "the text transformer has 64 positions, the tokenizer's prompts 77")
 
 
+def test_a_text_transformer_of_another_width_than_the_unet_reads(tmp_path):
+    """The miniature's UNet with its projections of the prompt cut to half the width."""
+    folder = settings_file(linked(tmp_path / "m"), UNET, {"cross_attention_dim": 64})
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    reads_prompt = re.compile(r"attn2\.to_[kv]\.weight$")
+    save_file({k: v[:, :64].clone() if reads_prompt.search(k) else v for k, v in weights.items()}, path)
+    refused(folder, "the text transformer's width is 128, the UNet reads 64")
+
+
 # -- clip skip -----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 from torch.testing import assert_close
 
 from tinyti.files import pictures
@@ -96,6 +96,16 @@ def test_what_is_transparent_shows_white(tmp_path, image, suffix, transparency, 
     options = {} if transparency is None else {"transparency": transparency}
     got = saved(image, tmp_path / f"x.{suffix}", **options)
     assert all(near(got.getpixel((x, 0)), colour, 1) for x, colour in enumerate(expected))
+
+
+def test_a_png_with_a_text_that_pillow_refuses(tmp_path):
+    """Programs write their whole workflow into a picture; nothing but the text gets lost."""
+    about, file = PngImagePlugin.PngInfo(), tmp_path / "picture.png"
+    about.add_text("workflow", "x" * 2**21, zip=True)
+    marked().save(file, pnginfo=about)
+    with pytest.raises(ValueError, match="MAX_TEXT"), Image.open(file) as image:
+        image.load()
+    assert pictures.read_image(file).tobytes() == marked().tobytes()
 
 
 def test_opaque_alpha_changes_nothing(tmp_path):

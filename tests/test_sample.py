@@ -133,6 +133,8 @@ def test_what_will_not_be_drawn_as_meant_is_said(word, tmp_path, capsys):
     assert draw("a photo of dog", *flags) == 0
     (note,) = (line for line in capsys.readouterr().err.splitlines() if "note:" in line)
     assert "cat" in note and "dog" in note
+    assert draw("a photo of dog", *flags, "--strength", "0.5", "--force") == 0
+    assert "note: --strength is for --image only" in capsys.readouterr().err
 
 
 def test_sample_refuses(word, room, tmp_path, capsys):
@@ -141,6 +143,8 @@ def test_sample_refuses(word, room, tmp_path, capsys):
     for name, size, level in (("tall", (64, 96), 128), ("black", (96, 64), 0), ("white", (96, 64), 255)):
         Image.new("L", size, level).save(tmp_path / f"{name}.png")
     flags, wide = ["S*", "--words", word], tmp_path / "wide.safetensors"
+    two = tmp_path / "two.safetensors"
+    write_words(two, {"S*": torch.ones(1, 128), "T*": torch.ones(1, 128)})
     masked = [*flags, "--image", image, "--mask"]
     for arguments, message in [
         (["a cat", "--words", word], "no learned word"),
@@ -148,6 +152,8 @@ def test_sample_refuses(word, room, tmp_path, capsys):
         (["a cat " * 40 + "S*", "--words", word], "behind"),
         (["S*", "--words", "no/such"], "no/such"),
         ([*flags, "--size", "30"], "30"),
+        ([*flags, "--size", "16", "16", "16"], "--size has 3 numbers"),
+        (["S*", "--words", f"D*={two}"], "D*= cannot rename them all"),
         (["S*", "--steps", "2000"], "2000"),
         ([*flags, word], "registered already"),
         (["", "--words", word], "PROMPT"),

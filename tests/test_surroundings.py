@@ -280,6 +280,27 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert [process.exitcode for process in writers] == [0] * 4 and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_viewer_that_holds_a_file_for_a_moment(tmp_path, monkeypatch):
+    """As on Windows: the file is replaced when the viewer lets go, or stays as it was."""
+    file, real, refusals = tmp_path / "grid.png", os.replace, []
+
+    def replace(source, target):
+        refusals.append(target)
+        if len(refusals) <= held:
+            raise PermissionError(13, "used by another process", str(target))
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    held = 2
+    writer(file, b"a", 1)
+    assert len(refusals) == 3 and set(file.read_bytes()) == {ord("a")}
+    held = 6
+    with pytest.raises(PermissionError):
+        writer(file, b"b", 1)
+    assert set(file.read_bytes()) == {ord("a")} and list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("name", ["grid.png", "x" * 255, "é" * 127, "a\nb", "[*]"])
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755, None])
 def test_a_file_keeps_its_mode_and_any_name(name, mode, tmp_path):
@@ -367,3 +388,27 @@ def test_torchrun_says_what_it_refuses_once(tmp_path):
         lines = [line for line in ended.stderr.splitlines() if line.startswith("train.py: ")]
         assert ended.returncode and len(lines) == 1 and message in lines[0], ended.stderr
         assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_our_own_is_no_line_for_the_user(monkeypatch):
+    """PyTorch's errors that are not of memory or lost processes keep their traceback."""
+
+    def fails():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.run_program("train.py", fails)
+    monkeypatch.setenv("RANK", "1")
+    assert "process 1 stops" in cli.explain_runtime_error(RuntimeError("gloo: connection closed by peer"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def refuses_all():
+        raise ValueError("no such file")
+
+    assert cli.run_program("train.py", refuses_all) == 2
+
+
+def test_a_path_is_shown_as_the_user_would_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(cli.short_path(tmp_path / "words" / "S")) == os.path.join("words", "S")
+    assert cli.short_path("/elsewhere") == cli.Path("/elsewhere")

@@ -21,7 +21,7 @@ import train as train_py
 from tinyti.examples import OBJECT_TEMPLATES
 from tinyti.files.words import RESERVED, read_words
 from tinyti.programs import cli
-from tinyti.programs.run import write_state
+from tinyti.programs.run import folder_name, write_state
 
 from .conftest import CONCEPTS, ROOT, refuses
 
@@ -200,6 +200,27 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capsys):
     flags = ("--init", "cat", "--optimizer", "adam", "--lr", "1e-30")
     assert train(*RUN, "--out", tmp_path / "S", *flags) == 1
     assert "learned nothing" in capsys.readouterr().err
+
+
+def test_a_loss_that_falls_no_more_is_told(tmp_path, capsys, monkeypatch):
+    """Evaluations that fell and stay: the last line of report_word's advice depends on them alone."""
+    values = iter([1.0, 0.5] + 5 * [0.5])
+    monkeypatch.setattr("tinyti.inversion.evaluate", lambda *args: next(values))
+    monkeypatch.setattr("tinyti.inversion.EVALUATE_EVERY", 1)
+    monkeypatch.setattr(train_py, "EVALUATE_EVERY", 1)
+    assert train(*RUN, "--out", tmp_path, "--steps", "6") == 0
+    assert "the loss has become flat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("token, folder", [
+    ("S*", "S"), ("<my-cat>", "my-cat"), ("*", "u2a"), ("e\u0301", "é"), ("/../x y", "xy")])  # fmt: skip
+def test_a_word_names_its_folder(token, folder):
+    assert folder_name(token) == folder
+
+
+def test_a_long_word_names_its_folder():
+    one, two = folder_name("猫" * 40), folder_name("猫" * 41)
+    assert one.startswith("猫" * 30 + "-") and one != two and max(len(x.encode()) for x in (one, two)) <= 100
 
 
 def test_a_run_that_diverges_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):

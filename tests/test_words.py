@@ -242,6 +242,16 @@ def test_refused_pickles(tmp_path, contents, found):
     refuse(tmp_path / "x.pt", found)
 
 
+def test_files_of_a_models_size(tmp_path):
+    """A thousand words at most; a pickle of 16 MiB, another file of 256 MiB at most."""
+    save_file({f"S{i}": torch.zeros(1) for i in range(1001)}, tmp_path / "x.safetensors")
+    refuse(tmp_path / "x.safetensors", "1,001 words")
+    for megabytes, found in ((17, "a pickle of 17 MiB"), (257, "257 MiB, the size of a model")):
+        with open(tmp_path / "x.pt", "wb") as file:
+            file.truncate(megabytes * 2**20)
+        refuse(tmp_path / "x.pt", found)
+
+
 def test_pair_of_files_for_sdxl(tmp_path):
     save_file({"S*": vectors(1)}, tmp_path / "learned_embeds.safetensors")
     save_file({"S*": vectors(1, 1280)}, tmp_path / "learned_embeds_2.safetensors")
