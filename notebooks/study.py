@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -313,7 +314,8 @@ def spread(rows, values):
     return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
 
 
-SHOWN = ("to training", "to held-out", "the one", "clip-t", "obedience", "scene", "ground", "loss", "length")
+TABLED = ("to training", "to held-out", "the one", "clip-t", "obedience", "scene", "loss")
+SHOWN = (*TABLED, "ground", "length")
 
 
 def summary(rows, table, count=None):
@@ -331,10 +333,10 @@ def summary(rows, table, count=None):
 
 def markdown(rows, table, count=None):
     """A table of means over sets and seeds, ± the standard deviation of a seed's mean."""
-    lines = [["set-up", "runs", *SHOWN], ["---"] * (len(SHOWN) + 2)]
-    for label, means in summary(rows, table, count).items():
-        cells = [show(means[column], 4 if column == "loss" else 2) for column in SHOWN]
-        lines.append([label, str(means["runs"] or "missing"), *cells])
+    lines = [["no.", "set-up", "runs", *TABLED], ["---"] * (len(TABLED) + 3)]
+    for number, (label, means) in enumerate(summary(rows, table, count).items(), 1):
+        cells = [show(means[column], 4 if column == "loss" else 2) for column in TABLED]
+        lines.append([str(number), label, str(means["runs"] or "missing"), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -343,26 +345,37 @@ def show(value, digits):
     if value is None:
         return ""
     mean, deviation = value
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    text = f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def figure(rows, table, file):
     """Draw likeness against obedience, as the paper's Figure 10: a point a set-up, with its spread.
 
-    file: where to save it, if anywhere.
+    Numbers are those of the table.  The right panel enlarges where most points are.  file: where to save it,
+    if anywhere.
     """
     from matplotlib import pyplot as plt
 
-    _, axes = plt.subplots(figsize=(9, 5.5), dpi=110, layout="constrained")
+    _, panels = plt.subplots(1, 2, figsize=(11, 5), dpi=110, layout="constrained")
+    near = (0.55, 0.95)
     for number, (label, means) in enumerate(summary(rows, table).items(), 1):
         x, y = means["obedience"], means["the one"]
-        if x and y:
-            title = f"{number} {label}"
-            axes.errorbar(x[0], y[0], y[1] or 0, x[1] or 0, "o", ms=4, lw=0.7, label=title)
-            axes.annotate(number, (x[0], y[0]), (3, 3), textcoords="offset points", fontsize=8)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    axes.set_xlabel("obedience: pictures that show what the prompt asks for")
-    axes.set_ylabel("likeness: pictures taken for the one")
+        if not (x and y):
+            continue
+        colour = plt.get_cmap("tab20")(number % 20)
+        style = {"fmt": "o", "ms": 6, "lw": 0.7, "color": colour, "mec": "black"}
+        for panel in panels:
+            panel.errorbar(x[0], y[0], y[1] or 0, x[1] or 0, **style, label=f"{number} {label}")
+        is_near = all(near[0] < value[0] < near[1] for value in (x, y))
+        angle = 2.4 * number  # radians: neighbours' numbers go different ways
+        place = (10 * math.cos(angle) - 3, 10 * math.sin(angle) - 3)
+        panels[int(is_near)].annotate(number, (x[0], y[0]), place, textcoords="offset points", fontsize=9)
+    panels[1].set(xlim=near, ylim=near, title="enlarged")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    panels[0].set_ylabel("likeness: pictures taken for the one")
+    for panel in panels:
+        panel.set_xlabel("obedience: pictures that show what is asked")
     if file:
         plt.savefig(file)
 
