@@ -22,6 +22,7 @@ COLOUR = {  # one for each method, text and measure, in all notebooks
     "the one": "#c62828",
     "obedience": "#2a9d8f",
     "scene": "#b8860b",
+    "to held-out": "#444444",
     "ground": "#8c564b",
 }
 plt.rcParams.update(

@@ -1,6 +1,7 @@
 """The study: what each setting does to a word, and the paper's experiments (2208.01618, section 5) again.
 
     python -m notebooks.study settings                            # compute whatever is missing
+    python -m notebooks.study nouns --seeds 0                     # what the model can draw, for obedience
     python -m notebooks.study paper --only "2 words" --sets cat --seeds 0
     python -m notebooks.study paper --table                       # print what there is, as Markdown
     python -m notebooks.study paper --figure                      # likeness against obedience, Figure 10
@@ -43,7 +44,7 @@ FILE = Path(__file__).with_suffix(".csv")
 BIAS_FILE = FILE.with_name("bias.csv")
 SETS = json.loads((ROOT / "concepts" / "concepts.json").read_text())
 PAPER_SETS = ("cat", "robot", "mushroom", "blueprint")
-COUNT = {"settings": 8, "paper": 16}  # pictures a prompt
+COUNT = {"settings": 8, "paper": 16, "nouns": 64}  # pictures a prompt
 EDITS = {  # what a picture must show, as the probe reads it, to obey a prompt
     "scarf": ("a photo of a {} wearing a blue scarf", {"scarf": "blue"}),
     "hat": ("a photo of a {} wearing a hat", {"hat": True}),
@@ -380,8 +381,8 @@ def figure(rows, table, file):
         plt.savefig(file)
 
 
-TABLES = {"settings": setups.SETTINGS, "paper": setups.PAPER}
 NOUN = "coarse word"
+TABLES = {"settings": setups.SETTINGS, "paper": setups.PAPER, "nouns": {NOUN: setups.PAPER[NOUN]}}
 
 
 def main():
@@ -392,7 +393,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SETUP", help="some set-ups, as --table calls them")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="by default all, or the paper's four")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--count", type=int, help="pictures a prompt (default: 8 for settings, 16 for paper)")
+    parser.add_argument("--count", type=int, help="pictures a prompt (default: 8 settings, 16 paper, 64 nouns)")
     parser.add_argument("--file", type=Path, default=FILE, help="where the rows are (default: study.csv)")
     parser.add_argument("--table", action="store_true", dest="show", help="print the table")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw likeness against obedience")
