@@ -393,7 +393,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SETUP", help="some set-ups, as --table calls them")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="by default all, or the paper's four")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--count", type=int, help="pictures a prompt (default: 8 settings, 16 paper, 64 nouns)")
+    parser.add_argument("--count", type=int, help="pictures a prompt (default: 8, 16 and 64)")
     parser.add_argument("--file", type=Path, default=FILE, help="where the rows are (default: study.csv)")
     parser.add_argument("--table", action="store_true", dest="show", help="print the table")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw likeness against obedience")
