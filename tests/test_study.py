@@ -1,5 +1,6 @@
 """The study: its set-ups are the library's where they say so, and its tables say what is in its rows."""
 
+import csv
 import subprocess
 import sys
 
@@ -112,6 +113,69 @@ def test_missing_rows_are_shown_as_missing():
     assert default.startswith("| 3 | default | 1 |") and "0.50" in default
     assert all("| missing |" in line for line in table[2:] if line != default)
     assert len(table) == 2 + len(setups.PAPER)
+
+
+FORMS = {  # of tests/bench/README.md: what a row is called there, and in the study
+    "turns of .12 rad at 1 W (default)": "default",
+    "turns of .2 rad, falling to 0": "angle .2 falling",
+    "turns of .12 rad at .5 W": "length .5",
+    "turns of .2 rad at .5 W, falling": "length .5, angle .2 falling",
+    "ten steps of .12 W, then turns": "ten steps .12, then turns",
+    "steps of .09 W, cap 1 W": "step .09, cap 1",
+    "steps of .15 W, cap 1 W": "step .15, cap 1",
+    "steps of .2 W, cap 1 W": "step .2, cap 1",
+    "steps of .09 W, cap .74 W": "step .09, cap .74 (former default)",
+}
+
+
+def stored(table, label):
+    """The stored rows of a set-up."""
+    asked = {"setup": label, "count": str(study.COUNT[table])}
+    return [row for row in study.read_rows(study.FILE) if row.items() >= asked.items()]
+
+
+def able_only(rows, edit):
+    """A column of rows, empty where a set's noun does not obey."""
+    able = study.able_edits(study.read_rows(study.FILE))
+    return [row[edit] if edit in able[row["set"]] else "" for row in rows]
+
+
+def percent(value):
+    """(mean, deviation) as a cell of percents, a dash for nothing."""
+    return study.show(value and tuple(part and 100 * part for part in value), 0) or "–"
+
+
+def forms_table():
+    """The cells of results/forms.csv, from the study's rows."""
+    head = ["form of the step", "held-out loss", "CLIP-I", "*the one*, %", "blue scarf, %", "red, %"]
+    lines = [[*head, "obedience, %"]]
+    for title, label in FORMS.items():
+        rows = stored("settings", label)
+        assert len(rows) == 30, label  # ten sets, three seeds
+        means = study.summary(study.read_rows(study.FILE), "settings")[label]
+        cells = [study.show(means["loss"], 4), study.show(means["to held-out"], 3), percent(means["the one"])]
+        cells += [percent(study.spread(rows, able_only(rows, edit))) for edit in ("scarf", "red")]
+        lines.append([title, *cells, percent(means["obedience"])])
+    return lines
+
+
+def sets_table():
+    """The cells of results/sets.csv, from the study's rows."""
+    words, captions = stored("settings", "default"), stored("paper", "searched caption")
+    lines = [["set", "the one", "blue scarf", "red", "scene", "best caption"]]
+    for name in (*sorted(study.SETS), "mean"):
+        own, said = ([row for row in rows if name in (row["set"], "mean")] for rows in (words, captions))
+        columns = (("the one", own), ("scarf", own), ("red", own), ("scene", own), ("the one", said))
+        values = [able_only(rows, c) if c in study.EDITS else [row[c] for row in rows] for c, rows in columns]
+        means = [study.spread(rows, found) for (_, rows), found in zip(columns, values)]
+        lines.append([name, *(percent(mean and (mean[0], None)) for mean in means)])
+    return lines
+
+
+@pytest.mark.parametrize("name, build", [("forms", forms_table), ("sets", sets_table)])
+def test_the_tables_of_the_bench_are_the_studys_rows(name, build):
+    with open(ROOT / "tests" / "bench" / "results" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == build()
 
 
 def test_a_row_that_a_kill_has_cut_is_computed_again(tmp_path):
