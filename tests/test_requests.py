@@ -71,7 +71,7 @@ def test_previews_of_ones_own(tmp_path, capsys):
     assert (five[0] - two[0]) / (len(PREVIEWS) - 2) == 132  # a column for each prompt
     capsys.readouterr()
     assert train_py.main([*flags, "--force", "--preview", "a red cat"]) == 2
-    assert "without the word <p>" in capsys.readouterr().err
+    assert "lacks the word <p>" in capsys.readouterr().err
 
 
 CURVES = {  # of stored runs, and made ones
