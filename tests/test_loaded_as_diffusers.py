@@ -1,4 +1,4 @@
-"""Model folders and files: equal to what diffusers' pipelines make of them, or refused in one line."""
+"""Model folders and files load as in diffusers' pipelines, or are refused in one line."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Our networks have the published names, shapes and settings; weights/README.md's commands bring them."""
+"""Our networks have the published names, shapes and settings; weights/README.md's commands fetch them."""
 
 import inspect
 import shlex

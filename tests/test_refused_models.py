@@ -1,4 +1,4 @@
-"""What is no model, or one that is damaged or of another family, gives one clear line, and runs no code."""
+"""A file that is no model, a damaged one or one of another family gives one clear line and runs no code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Going on from a word, previews of one's own, whether a run is done, negative words, notes on prompts."""
+"""Starting from a word, custom previews, whether a run is done, negative words, notes on prompts."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What --resume takes for the same run, what it refuses, and what no file of a stranger can do to it."""
+"""Which runs --resume accepts as the same, which it refuses, and that foreign files can do no harm."""
 
 import contextlib
 import copy
