@@ -64,7 +64,7 @@ def arguments(argv=None):
         "--guidance",
         type=number_type(0, 100),
         metavar="SCALE",
-        help="classifier-free guidance scale; up to 1 there is none; "
+        help="classifier-free guidance scale; values up to 1 turn it off; "
         f"by default {GUIDANCE:g} with the miniature, else 7.5",
     )
     add("--eta", type=number_type(0, 1), default=0.0, metavar="ETA", help="noise of ddim: 0 none, 1 as ddpm")
@@ -83,7 +83,7 @@ def arguments(argv=None):
         "--strength",
         type=number_type(0, 1),
         metavar="SHARE",
-        help=f"part of the denoising steps that --image goes through; by default {STRENGTH}",
+        help=f"share of the denoising steps that --image goes through; by default {STRENGTH}",
     )
 
     add = parser.add_argument_group("what comes out").add_argument
@@ -107,12 +107,12 @@ def arguments(argv=None):
 
 
 def main(argv=None):
-    """Run, and turn bad input into one line and exit status 2."""
+    """Run the program; bad input gives one line and exit status 2."""
     return cli.run_program("sample.py", lambda: draw_pictures(arguments(argv)))
 
 
 def draw_pictures(args):
-    """Draw and write all pictures, batch by batch: -> exit status."""
+    """Draw and write all pictures, batch by batch; returns the exit status."""
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
     files = [picture_files(out, *prompt, seeds) for prompt in enumerate(args.prompts, 1)]
     sheet, attention = out / "grid.png", out / "attention.png"
@@ -122,7 +122,7 @@ def draw_pictures(args):
     size = args.size or [model.size]
     height, width = size[0], size[-1]
     model.check_size(height, width)
-    model.schedule.timesteps(args.steps, args.sampler)  # refuses more than the model was trained on
+    model.schedule.timesteps(args.steps, args.sampler)  # refuses more steps than the model was trained on
     add_words(model, args.words, args.clip_skip, args.download)
     words = check_texts(model, args)
     painter = Painter(args, model, (height, width))
@@ -149,14 +149,14 @@ def draw_pictures(args):
 
 
 def refuse_to_replace(files, force):
-    """ValueError for the first of the files that exists, unless `force`."""
+    """Raise ValueError for the first file that exists, unless `force`."""
     there = next((file for file in files if os.path.lexists(file)), None)
     if there and not force:
         raise ValueError(f"{there} is there already; take --force to replace it, or another --out")
 
 
 def note_flags_without_effect(args, options):
-    """Note flags that change nothing."""
+    """Print a note for each flag that has no effect."""
     without = {
         "--negative": args.negative and options["guidance"] <= 1,
         "--eta": args.eta and args.sampler != "ddim",
@@ -173,7 +173,7 @@ def note_flags_without_effect(args, options):
 
 
 class Painter:
-    """Draws as the flags say: from noise, from --image or in the --mask of it.  `settings` describe it."""
+    """Draws as the flags say: from noise, from --image, or inside --mask.  `settings` go into the PNGs."""
 
     def __init__(self, args, model, size):
         self.model, self.size = model, size
@@ -195,7 +195,7 @@ class Painter:
             self._begin_with_image(args)
 
     def _begin_with_image(self, args):
-        """Draw from --image, or in the --mask of it."""
+        """Draw from --image, or inside --mask."""
         if self.size[0] != self.size[1]:
             sides = f"{self.size[0]} {self.size[1]}"
             raise ValueError(f"--size is {sides}, but --image is cropped to a square; give its side")
@@ -233,7 +233,7 @@ class Painter:
 
 
 def picture_files(folder, number, prompt, seeds):
-    """Where a prompt's pictures go: folder/01-a-photo-of-S-0.png and so on, or folder/01.png if it is one."""
+    """The files of a prompt's pictures: folder/01-a-photo-of-S-0.png and so on, or folder/01.png for one."""
     if len(seeds) == 1:
         return [folder / f"{number:02}.png"]
     words = "-".join(re.findall(r"\w+", prompt)).encode()[:40].decode(errors="ignore").strip("-") or "picture"
@@ -258,7 +258,7 @@ def add_words(model, entries, clip_skip, download):
 
 
 def read_clip_skip(path):
-    """The --clip-skip that the word in a run's folder was learned with; None if that is not known."""
+    """Read the --clip-skip that the word in a run's folder was learned with; None if it is unknown."""
     folder = path if path.is_dir() else path.parent
     file = folder / "settings.json"
     try:
@@ -268,10 +268,10 @@ def read_clip_skip(path):
 
 
 def check_texts(model, args):
-    """Check all prompts: -> the learned words of each.
+    """Check all prompts; returns the learned words of each, and prints each note once.
 
-    ValueError for a learned word that is cut off, and for a prompt without any where words were loaded or
-    --attention wants one; a word in --negative is a use of it, too.  Notes are said once each.
+    ValueError if a learned word is cut off, or if a prompt has none although --words or --attention is
+    given.  A learned word in --negative is enough for --words.
     """
     notes = {}  # in order, each once
     words = [check_text(model, prompt, notes) for prompt in args.prompts]
@@ -289,7 +289,7 @@ def check_text(model, text, notes):
     """Find the learned words of a text; add to `notes`.  ValueError for a word that is cut off."""
     ids, places = model.tokenizer.encode(text), model.tokenizer.length - 2
     if any(i >= model.tokenizer.vocab_size for i in ids[places:]):
-        raise ValueError(f"a learned word stands behind the {places} tokens that fit, in {text!r:.500}")
+        raise ValueError(f"a learned word comes after the {places} tokens that fit, in {text!r:.500}")
     if len(ids) > places:
         notes[f"the last {len(ids) - places} tokens of {text!r:.500} do not fit and are left out"] = None
     rest = model.tokenizer.without_words(text)
@@ -305,13 +305,13 @@ def check_text(model, text, notes):
 
 
 def is_spelled(tokenizer, word):
-    """Whether a word takes more than one token for every two letters."""
+    """Whether a word takes more than two tokens, and more than one for every two letters."""
     tokens = len(tokenizer.encode(word))
     return tokens > 2 and tokens > len(word) / 2
 
 
 def save(picture, file, about):
-    """Write a PNG whole or not at all, with how it was made in a text chunk."""
+    """Write a PNG atomically; a text chunk says how it was made."""
     info = PngInfo()
     about = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace").decode()  # odd file names
     info.add_itxt("tinyti", about)

@@ -104,8 +104,8 @@ def arguments(argv=None):
         nargs=2,
         default=list(TIMESTEPS),
         metavar=("LOW", "HIGH"),
-        help="range of timesteps to train on, as parts of the schedule; the paper's is 0 1, "
-        "but low ones teach little",
+        help="range of timesteps to train on, as fractions of the schedule; the paper's is 0 1, "
+        "but low timesteps teach little",
     )
     add("--seed", type=cli.SEED, default=0, metavar="N", help="random seed")
     cli.model_flags(parser)
@@ -128,7 +128,7 @@ def arguments(argv=None):
             "--lr is Adam's learning rate; give a whitened step an --angle, or take --optimizer adam"
         )
     if args.angle is not None and args.optimizer != "whitened":
-        raise ValueError("--angle is a whitened step's; give Adam a learning rate, --lr")
+        raise ValueError("--angle is the step size of whitened steps; give Adam a learning rate, --lr")
     if not args.timesteps[0] < args.timesteps[1]:
         raise ValueError(f"--timesteps is {' '.join(map(str, args.timesteps))}; give the lower number first")
     if len(args.token) > 64:
@@ -137,12 +137,12 @@ def arguments(argv=None):
 
 
 def main(argv=None):
-    """Run, and turn bad input into one line and exit status 2."""
+    """Run the program; bad input gives one line and exit status 2."""
     return cli.run_program("train.py", lambda: train(arguments(argv), sys.argv[1:] if argv is None else argv))
 
 
 def train(args, argv):
-    """Learn the word and write its folder: -> exit status."""
+    """Learn the word and write its folder; returns the exit status."""
     began = time.monotonic()
     check_name(args.token)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
@@ -173,7 +173,7 @@ def train(args, argv):
             cli.say(
                 "the miniature knows its drawn world only; for photos take a real model: weights/README.md"
             )
-        if dist.is_initialized():  # all processes start at the first one's vectors
+        if dist.is_initialized():  # all processes start from the first one's state
             saved = [state.state_dict()]
             dist.broadcast_object_list(saved)
             state.load_state_dict(saved[0])
@@ -197,7 +197,7 @@ def train(args, argv):
 
 
 def check_templates(model, name, templates):
-    """Refuse a word that the templates contain: it would stand in each prompt twice."""
+    """Refuse a word that a template contains: the prompt would have it twice."""
     for template in templates:
         if model.tokenizer.has_word(template.replace("{}", " "), name):
             raise ValueError(f"the template {template!r} contains {name!r} itself; take another --token")
@@ -214,9 +214,9 @@ def check_prompts(model, concept, prompts):
 
 
 def start_vectors(model, args):
-    """The vectors (n, D) that the word starts from: zeros, rows of the vocabulary, or a learned word.
+    """Return the vectors (n, D) that the word starts from: zeros, rows of the vocabulary, or a learned word.
 
-    ValueError for what is neither words of the vocabulary nor a learned word that fits.
+    ValueError if --init is neither words of the vocabulary nor a learned word that fits.
     """
     table, words = model.text.table, (args.init or "").split()
     ids = [model.tokenizer.single(word) for word in words]
@@ -238,7 +238,7 @@ def start_vectors(model, args):
 
 
 def report(args, argv, model, state, examples, run):
-    """Print the result: -> exit status, 1 if nothing was learned."""
+    """Print the result; returns the exit status, 1 if nothing was learned or pictures are not finite."""
     if state.step % EVALUATE_EVERY:  # not saved: a resumed run evaluates at its own steps
         state.evaluations.append(evaluate(model, examples, args.seed, args.timesteps))
     first, last = state.evaluations[0], state.evaluations[-1]
@@ -247,7 +247,7 @@ def report(args, argv, model, state, examples, run):
         print(f"WARNING: {args.token} has learned nothing: {problem}", file=sys.stderr)
     if state.is_finite():
         report_word(args, argv, model, state, run)
-    # Pictures that are not finite mean that the word, or the model, is of no use.
+    # If the pictures are not finite, the word or the model is unusable.
     return 1 if problem or isinstance(run.problem, FloatingPointError) else 0
 
 

@@ -1,6 +1,6 @@
-"""What the notebooks share: their look, a word learned beside others, and figures of the study's rows.
+"""Shared by the notebooks: their look, a word learned beside others, and figures of the study's rows.
 
-Importing it makes the repository's own packages importable from this folder.
+Importing this module makes the repository's packages importable from this folder.
 """
 
 import sys
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from notebooks import setups, study
 from tinyti.programs.sheet import draw_sheet
 
-COLOUR = {  # one for each method, text and measure, in all notebooks
+COLOUR = {  # of each method, text and measure, in all notebooks
     "whitened": "#c62828",
     "Adam": "#1f77b4",
     "S*": "#c62828",
@@ -37,7 +37,7 @@ plt.rcParams.update(
 
 
 def show(rows, footer=()):
-    """A sheet of pictures (`draw_sheet`) in 256 colours, a third of the bytes."""
+    """Draw a sheet of pictures (`draw_sheet`) in 256 colours, which takes a third of the bytes."""
     return draw_sheet(rows, footer).quantize(256, kmeans=2)
 
 
@@ -50,9 +50,9 @@ def learn(model, name, data, seed=0, **options):
 
 
 def plot_study(axis, means, settings, columns=("the one", "obedience")):
-    """Draw columns of `study.summary` against what a setting is: settings {x: label}.
+    """Plot columns of `study.summary` over a setting: settings {x: label}.
 
-    Bars are the standard deviation of a seed's mean.  What has not been computed is left out.
+    Error bars are the standard deviation of the seeds' means.  Settings without results are left out.
     """
     for column in columns:
         points = [(x, *means[label][column]) for x, label in settings.items() if means[label][column]]
@@ -63,7 +63,7 @@ def plot_study(axis, means, settings, columns=("the one", "obedience")):
 
 
 def print_study(means, labels, columns=("the one", "obedience", "scene")):
-    """Print columns of `study.summary` for some set-ups, a line each."""
+    """Print columns of `study.summary`, a line for each set-up."""
     print(f"{'':36s}{'runs':>5s}" + "".join(f"{column:>17s}" for column in columns))
     for label in labels:
         cells = [study.show(means[label][column], 4 if column == "loss" else 2) for column in columns]

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and helpers that several test files share."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ import tinyti
 from tinyti.programs import cli
 from tinyti.programs.run import Run
 
-# In the background of a shell Ctrl-C is ignored, and so it would be by every process that a test starts.
+# A shell ignores Ctrl-C in background jobs, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]

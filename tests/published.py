@@ -1,7 +1,7 @@
 """Tiny random models, and writers for every form in which models are published.
 
-The names of the original (CompVis) layout are written down from its structure: which module sits where in its
-nested lists.  Nothing here knows the loader's rules, which go the other way."""
+The names of the original (CompVis) layout come from its structure: which module sits where in its nested
+lists.  Nothing here uses the loader's rules, which go the other way."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The schedule and the samplers: against diffusers' schedulers over whole trajectories, and closed forms."""
+"""The schedule and the samplers equal diffusers' schedulers over whole trajectories, and closed forms."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""DreamBench whole, on the miniature: data as published, rows that are true, a kill that loses nothing."""
+"""DreamBench on the miniature: it reads published data, writes true rows, and loses nothing if killed."""
 
 import csv
 import os

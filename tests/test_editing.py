@@ -1,4 +1,4 @@
-"""Editing: from a picture and in a region as diffusers does it, what a mask keeps, the way back to noise."""
+"""Editing: redrawing a picture or a region equals diffusers', masks keep the rest, noise can be recovered."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Templates and captions become prompts, photos become latents both ways round, and both become batches."""
+"""Templates and captions become prompts, photos and their mirror images become latents, both batches."""
 
 import pytest
 import torch

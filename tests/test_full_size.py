@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size, with random weights, loads as light and as fast as in diffusers.
+"""Stable Diffusion 1.5 at full size, with random weights, loads as fast and as light as in diffusers.
 
 Gigabytes and minutes: run with `pytest -m slow tests/test_full_size.py`.  Its networks: test_parity.py."""
 

@@ -1,4 +1,4 @@
-"""Bad input of every kind and damaged files of a run: one line, status 2, nothing written, no code run."""
+"""Bad input and damaged run files of every kind give one line and status 2; no file changes, no code runs."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Models and words by name: a path first, then the cache without a network, a download only on request."""
+"""Models and words by name: first a path, then the cache without a network; a download only on request."""
 
 import shutil
 import socket

@@ -1,4 +1,4 @@
-"""The order of the rooms: imports run one way, and nothing is imported that the package does not declare."""
+"""The order of the modules: imports run one way, and every imported package is declared."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ from .conftest import ROOT
 RUNTIME = {"torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm", "huggingface_hub"}
 OPTIONAL = {"files.pictures": {"pillow_heif"}}  # used where it is installed
 ALONE = ("diffusion", "concept", "tokenizer", "whitened", "graphs")  # they import nothing of ours
-# A row may import from all rows above it; what stands side by side knows nothing of each other.
+# A row may import from all rows above it; modules in one row do not import each other.
 ORDER = (
     ("networks.layers",),
     ("networks.clip", "networks.ldmbert", "networks.vae", "networks.unet"),

@@ -1,4 +1,4 @@
-"""The loop: what it changes and what it does not, and that every way through it is the same way."""
+"""The training loop: what it changes, what it leaves, and that every way through it gives the same result."""
 
 import itertools
 import math

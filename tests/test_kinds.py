@@ -1,4 +1,4 @@
-"""Numbers and texts of every kind, in every place: a picture or a word that is right, or one line."""
+"""Numbers and texts of every kind, in every place, give a right picture or word, or one line of error."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Model folders and files: equal to what diffusers' pipelines make of them, or refused in one line."""
+"""Model folders and files load as in diffusers' pipelines, or are refused in one line."""
 
 import csv
 import hashlib
@@ -552,7 +552,7 @@ def test_shards_that_are_not_there(tmp_path):
     gone.unlink()
     refused(folder, f"{gone} is missing, which {index} names", FileNotFoundError)
     save_file({"conv_in.weight": torch.zeros(32, 4, 3, 3)}, gone)
-    refused(folder, "it has nothing, expected is floats")
+    refused(folder, "it has nothing, expected floats")
     (tmp_path / "x.safetensors").write_bytes(gone.read_bytes())
     outside = [".", "../x.safetensors", "../../x.safetensors", str(tmp_path / "x.safetensors"), "a/../../x"]
     for name in outside:
@@ -632,7 +632,7 @@ def test_a_folder_of_the_hugging_face_cache(model, tmp_path):
     clip, tokenizer = tinyti.load_clip(cache(tmp_path / "models--openai--clip", source=TINY / "clip"))
     assert len(clip.state_dict()) > 100 and len(tokenizer(["a cat"])[0]) == 77
     two = cache(tmp_path / "models--org--two", ("0a1b", "2c3d"))
-    refused(two, "is a cache of several snapshots (0a1b, 2c3d); name one, as")
+    refused(two, "must hold one snapshot, found 0a1b, 2c3d; name one, as")
     (ref / "refs/main").write_text("4e5f")
     refused(ref, "4e5f", FileNotFoundError)
     shutil.rmtree(one / "blobs")  # the cache was cleaned

@@ -1,4 +1,4 @@
-"""Masks: what is outside of them is not learned, and a picture without one is learned as before."""
+"""Masks: the model does not learn what is outside; a picture without a mask is learned as before."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One name, one thing; and what a test patches is there, also in the tests that only a GPU runs."""
+"""One name means one thing; every attribute that a test patches exists, also in tests that need a GPU."""
 
 import ast
 import pkgutil

@@ -1,4 +1,4 @@
-"""The notebooks: they run from a clean kernel, and what is stored in them is small and names no machine."""
+"""The notebooks run from a clean kernel; their stored outputs are small and name no machine."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The wheel holds the whole package and works elsewhere; the programs find their places from any folder."""
+"""The wheel holds the whole package and works elsewhere; the programs find their folders from anywhere."""
 
 import os
 import shutil

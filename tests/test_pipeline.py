@@ -1,4 +1,4 @@
-"""From prompt to picture: whole pipelines of diffusers, and ours reading the folders that they saved."""
+"""From prompt to picture: ours equal diffusers' whole pipelines, from the folders that these saved."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The library's public functions with arguments that mean nothing: an error in a line, never a result."""
+"""Public functions with meaningless arguments raise a one-line error and never give a result."""
 
 import math
 import tempfile

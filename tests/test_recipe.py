@@ -1,4 +1,4 @@
-"""The recipe of weights/tiny: every stage, small, from nothing and from a finished folder."""
+"""The recipe of weights/tiny: every stage at a small size, from scratch and from a finished folder."""
 
 import copy
 import json

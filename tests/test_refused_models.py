@@ -1,4 +1,4 @@
-"""What is no model, or one that is damaged or of another family, gives one clear line, and runs no code."""
+"""A file that is no model, a damaged one or one of another family gives one clear line and runs no code."""
 
 import json
 import os
@@ -100,8 +100,8 @@ FOLDERS = [  # a file, its damage, and words in the error
     ("text_encoder/model.safetensors", None, ["m/text_encoder has no weights", "weights/README.md"]),
     ("tokenizer", None, ["no vocabulary at", "m/tokenizer", "--tokenizer"]),
     *((file, {key: (3, 5)}, [key, "(3, 5)", str(shape)]) for file, key, shape in KEYS),
-    *((file, {key: None}, [key, f"has nothing, expected is floats of shape {s}"]) for file, key, s in KEYS),
-    *((file, {key + "_2": (1,)}, [key + "_2", "expected is nothing"]) for file, key, _ in KEYS),
+    *((file, {key: None}, [key, f"has nothing, expected floats of shape {s}"]) for file, key, s in KEYS),
+    *((file, {key + "_2": (1,)}, [key + "_2", "expected nothing"]) for file, key, _ in KEYS),
     ("text_encoder/model.safetensors", {"text_model.final_layer_norm.weight": (1,)}, ["norm.weight twice"]),
     *((file, -1, [file, "does not describe a file of weights", "download it again"]) for file, *_ in KEYS),
     *((UNET, junk, [UNET, "does not describe a JSON object", found]) for junk, found in JUNK.items()),
@@ -229,7 +229,7 @@ LEFT_OVER = {
 CHANGES = [  # what becomes of a tensor, and words in the error
     *((key, None, [words, "supported are"]) for key, words in MISSING.items()),
     *((key, 2, ["shape", "expected"]) for key in MISSING),
-    *((key, (1,), [words, "expected is nothing", "supported are"]) for key, words in LEFT_OVER.items()),
+    *((key, (1,), [words, "expected nothing", "supported are"]) for key, words in LEFT_OVER.items()),
     (UNET_MARK + "input_blocks.0.0.weight", (32, 9, 3, 3), ["an inpainting model", "9 channels"]),
     (UNET_MARK + "input_blocks.0.0.weight", (32, 5, 3, 3), ["a model of another kind", "5 channels"]),
 ]
@@ -304,7 +304,7 @@ def test_what_is_no_regular_file_is_not_opened(file, tmp_path):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         path.unlink(missing_ok=True)
         make(path)
-        with pytest.raises((ValueError, FileNotFoundError), match=r"unet|no regular file"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"unet|not a regular file"):
             tinyti.load(path if file == "m.ckpt" else tmp_path / "m")
 
 

@@ -1,4 +1,4 @@
-"""Going on from a word, previews of one's own, whether a run is done, negative words, notes on prompts."""
+"""Starting from a word, custom previews, whether a run is done, negative words, notes on prompts."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_previews_of_ones_own(tmp_path, capsys):
     assert (five[0] - two[0]) / (len(PREVIEWS) - 2) == 132  # a column for each prompt
     capsys.readouterr()
     assert train_py.main([*flags, "--force", "--preview", "a red cat"]) == 2
-    assert "without the word <p>" in capsys.readouterr().err
+    assert "lacks the word <p>" in capsys.readouterr().err
 
 
 CURVES = {  # of stored runs, and made ones

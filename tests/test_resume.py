@@ -1,4 +1,4 @@
-"""What --resume takes for the same run, what it refuses, and what no file of a stranger can do to it."""
+"""Which runs --resume accepts as the same, which it refuses, and that foreign files can do no harm."""
 
 import contextlib
 import copy
@@ -177,7 +177,7 @@ def test_another_model_is_another_run(change, begun):
     door = Door(begun)
     door.open()
     change[0](door.model, *change[1:])
-    with pytest.raises(ValueError, match=r"--resume: the model \(--weights\) is another one"):
+    with pytest.raises(ValueError, match=r"--resume: the model \(--weights\) has changed"):
         door.open()
 
 

@@ -1,4 +1,4 @@
-"""The study: its set-ups are the library's where they say so, and its tables say what is in its rows."""
+"""The study: set-ups that claim to be the library's are, and the tables agree with the rows."""
 
 import csv
 import subprocess

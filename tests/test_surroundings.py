@@ -1,4 +1,4 @@
-"""What surrounds a run: streams, signals, threads, folders and files of others.  The work is never lost."""
+"""A run keeps its work whatever happens to its streams, signals, threads, folders and others' files."""
 
 import contextlib
 import io

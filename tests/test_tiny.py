@@ -1,4 +1,4 @@
-"""The bundled miniature, its world and its concepts: that they are what they say."""
+"""The bundled miniature, its world and its concepts are as described."""
 
 import json
 import random

@@ -356,7 +356,7 @@ def test_each_optimizer_has_its_own_step_size(tmp_path, capsys):
     """Refused in a line, which names the flag that is meant; nothing is written."""
     for flags, message in [
         (["--lr", "0.01"], "--lr is Adam's learning rate; give a whitened step an --angle"),
-        (["--optimizer", "adam", "--angle", "0.1"], "--angle is a whitened step's"),
+        (["--optimizer", "adam", "--angle", "0.1"], "--angle is the step size of whitened steps"),
         (["--angle", "1.6"], "--angle"),
     ]:
         refuses(train_py, [*RUN, "--out", tmp_path / "S", *flags], tmp_path, capsys, message)

@@ -1,4 +1,4 @@
-"""The optimizers of a word: on a quadratic they take the path that the formulas say."""
+"""The optimizers of a word: on a quadratic they take the path of the formulas."""
 
 from functools import partial
 

@@ -1,5 +1,5 @@
-"""Learned words on disk: every format that is read is made here by hand, from the table of its keys; what is
-written is held to what other programs accept.
+"""Learned words on disk: the tests write every format that is read by hand, from the table of its keys, and
+check that other programs accept what is written.
 """
 
 import base64

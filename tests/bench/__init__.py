@@ -1,4 +1,4 @@
-"""What tinyti costs beside the way of diffusers' example script.  A program, no test: nothing here fails.
+"""Compare tinyti with diffusers' example script.  This is a program, not a test.
 
     python -m tests.bench step                                                 # the miniature, batch 4
     python -m tests.bench step --batch 1 4 8 16 --vectors 1 4                  # how it grows
@@ -7,7 +7,7 @@
     python -m tests.bench quality --sets cat dog --seeds 0 1
     python -m tests.bench dreambench --data dreambooth --weights weights/sd15 --clip … --dino …
 
-The sides take turns, so that what else the machine does is shared, and the medians of all turns are compared.
+The sides take turns, so that other load on the machine affects both; the medians of all turns are compared.
 `--weights` is a model folder as diffusers saves it, or sd15 or sd21 for random weights of that size, which
 are written to a temporary folder (4.3 and 5.2 GB).  On a GPU: `--device cuda --precision bf16`.
 """

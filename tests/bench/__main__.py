@@ -1,4 +1,4 @@
-"""The command line: one section, one question."""
+"""The command line: each section answers one question."""
 
 import argparse
 import tempfile
@@ -17,7 +17,7 @@ from .step import step
 
 
 def write_random(family, folder):
-    """A folder of the size of Stable Diffusion 1.5 or 2.1, with random weights and a small vocabulary."""
+    """Write a model as large as Stable Diffusion 1.5 or 2.1, with random weights and a small vocabulary."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     from .. import published
@@ -42,7 +42,7 @@ def arguments(argv=None):
     add("--batch", type=int, nargs="+", default=[4])
     add("--vectors", type=int, nargs="+", default=[1])
     add("--rounds", type=int, default=7, help="how often the sides take turns")
-    add("--block", type=int, default=whitened.EVERY, help="steps in a turn; 5 have a share of everything")
+    add("--block", type=int, default=whitened.EVERY, help="steps in a turn; 5 have one eigendecomposition")
     add("--device", default="cpu")
     add("--precision", choices=DTYPES, nargs="+", default=["fp32"], help="of both sides, or ours and theirs")
     add("--sets", nargs="+", default=["cat"])
@@ -65,12 +65,12 @@ def arguments(argv=None):
 
 
 def main(argv=None):
-    """One section; bad input becomes one line and exit status 2."""
+    """Run one section; bad input gives one line and exit status 2."""
     return cli.run_program("python -m tests.bench", lambda: bench(arguments(argv)))
 
 
 def bench(args):
-    """Answer a section's question: -> exit status."""
+    """Run a section on the weights; returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         if args.weights in ("sd15", "sd21"):
             write_random(args.weights, Path(folder))

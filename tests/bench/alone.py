@@ -1,4 +1,4 @@
-"""Loading and the peak of memory, each side in processes of its own."""
+"""Loading time and peak memory, each side in its own processes."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ from .sides import LOADERS, SIDES
 
 
 def alone(args):
-    """Seconds to have every weight in memory, and the peak of memory over some steps."""
+    """Print the seconds to have every weight in memory, and the peak memory over some steps."""
     names = "tinyti loads in s", "diffusers", "ratio", "tinyti GiB", "diffusers", "ratio"
     head("pixels", "batch", "vectors", *names)
     for case, sides in cases(args):
@@ -24,11 +24,11 @@ def alone(args):
 
 
 def process(side, block, **case):
-    """One side of `alone`."""
+    """Measure one side of `alone`, and print its seconds and GiB as JSON."""
     began = time.perf_counter()
     parts = LOADERS[side](case["weights"])
     for p in [p for part in parts for p in part.parameters()]:
-        p.sum().item()  # a file that is only mapped has not been read yet
+        p.sum().item()  # reads every weight, because a memory-mapped file is read only when used
     seconds = time.perf_counter() - began
     del parts, p
     clock(SIDES[side](**case).step, block, case["device"])

@@ -1,4 +1,4 @@
-"""What the questions share: cases, clocks, tables, and processes of their own."""
+"""Shared by the sections: cases, clocks, tables, and separate processes."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from tinyti.programs.miniature import ROOT
 
 
 def cases(args):
-    """All (sizes, batches, numbers of vectors), each with what our side and theirs are made with."""
+    """Yield each (size, batch, number of vectors) with the arguments of our side and of theirs."""
     shared = {name: getattr(args, name) for name in ("weights", "images", "device")}
     precisions = args.precision[0], args.precision[-1]
     for case in itertools.product(args.size, args.batch, args.vectors):
@@ -22,7 +22,7 @@ def cases(args):
 
 
 def clock(step, count, device):
-    """Seconds that each of `count` steps takes."""
+    """The mean seconds per step, over `count` steps."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -34,7 +34,7 @@ def clock(step, count, device):
 
 
 def isolated(function, **arguments):
-    """What a function of this package prints as JSON, in a process of its own."""
+    """Run a function of this package in a process of its own, and return the JSON that it prints."""
     module, name = function.__module__, function.__name__
     command = [sys.executable, "-c", f"import {module} as m; m.{name}(**{arguments!r})"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -43,7 +43,7 @@ def isolated(function, **arguments):
 
 
 def row(*cells):
-    """A line of a table."""
+    """Print a line of a table."""
     print("|", " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells), "|")
 
 

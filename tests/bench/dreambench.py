@@ -1,4 +1,4 @@
-"""What learned words are worth by DreamBench: DINO, CLIP-I and CLIP-T of the DreamBooth paper (2208.12242).
+"""Measure learned words by DreamBench: DINO, CLIP-I and CLIP-T of the DreamBooth paper (2208.12242).
 
     git clone https://github.com/google/dreambooth     # 158 pictures of 30 subjects, 112 MB, CC BY 4.0
     python -m tests.bench dreambench --data dreambooth --clip CLIP --dino DINO --check
@@ -7,10 +7,10 @@
 
 CLIP and DINO are folders of weights/README.md.  On a GPU: `--device cuda --precision bf16`.  `--check` draws
 nothing: it compares the real pictures of a subject with each other, which must give the paper's row.
-`--grid` asks on four subjects whether 50 steps are enough: settings of ours against diffusers' recipe.
+`--grid` tests on four subjects whether 50 steps are enough: our settings against diffusers' recipe.
 
-Every picture is a row of rows.csv in --out, and every word a file beside it.  A run that was stopped goes on.
-The paper leaves open which CLIP, sampler, guidance, seeds and texts it took.  What is taken here is printed.
+Every picture is a row of rows.csv in --out, and every word a file beside it.  A stopped run continues when it
+is started again.  The paper does not name its CLIP, sampler, guidance, seeds and texts; ours are printed.
 """
 
 import csv
@@ -41,7 +41,7 @@ from .sides import DTYPES, RECIPE, Theirs
 
 TOKEN = "S*"
 PROMPT = r"""(['"])([^{}]*\{0\} \{1\}[^{}]*)\1\.format\(unique_token, class_token\),?"""  # a line of the file
-LIVE = ("cat", "dog")  # classes of the 9 live subjects, which have prompts of their own; the file names none
+LIVE = ("cat", "dog")  # classes of the 9 live subjects, which have their own prompts; the file lists none
 FEW = ("dog", "backpack_dog", "teapot", "robot_toy")  # the subjects of --grid
 KEYS = ("run", "choices", "subject", "prompt", "picture", "seed", "weights", "judges")
 SCORES = ("dino", "clip_i", "clip_t")
@@ -77,10 +77,9 @@ def label(run):
 
 
 def learn(model, args, folder, class_name, run, seed):
-    """The vectors (n, D) that a run learns from the pictures in a folder.
+    """Learn a run's vectors (n, D) from the pictures in a folder.
 
-    What differs between runs acts here and nowhere else.  The recipe needs a word to start from: the class,
-    of several words the last.
+    The settings of a run act only here.  The recipe starts from the last word of the class name.
     """
     if "recipe" in run:
         case = {"weights": args.weights, "device": args.device, "precision": args.precision[0]}
@@ -104,7 +103,7 @@ def learn(model, args, folder, class_name, run, seed):
 
 
 def read_data(folder):
-    """The pictures' folder and {subject: (class, prompts)}.  No code of prompts_and_classes.txt is run."""
+    """The pictures' folder and {subject: (class, prompts)}; no code of prompts_and_classes.txt runs."""
     files = [path / "prompts_and_classes.txt" for path in (folder, folder / "dataset")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -140,7 +139,7 @@ def pictures_of(folder):
 
 
 def fill(prompt, token, class_name):
-    """A prompt of the file with the word or the class in it, or both."""
+    """Fill the word, the class or both into a prompt of the file."""
     return " ".join(prompt.replace("{0}", token).replace("{1}", class_name).split())
 
 
@@ -148,7 +147,7 @@ def fill(prompt, token, class_name):
 
 
 class Judges:
-    """The networks that measure, and what they see in the real pictures: {subject: (DINO's, CLIP's)}."""
+    """The measuring networks, and their vectors of the real pictures: {subject: (DINO's, CLIP's)}."""
 
     def __init__(self, args, folder, subjects):
         self.clip, self.tokenizer = tinyti.load_clip(args.clip, args.device)
@@ -207,7 +206,7 @@ class Rows:
             self._write(COLUMNS)
 
     def add(self, key, scores, source):
-        """A row, on its way to the disk before the next one is made."""
+        """Add a row, and hand it to the system before the next one is made."""
         self.found[key] = scores
         self._write([*key, *(f"{score:.6f}" for score in scores), source])
 
@@ -245,7 +244,7 @@ class Bench:
         return [(label(run), self.choices, subject, str(i), str(j), *ends) for i, j in places]
 
     def word(self, run, subject, seed):
-        """A word's vectors from its file; they are learned if there is none."""
+        """Read a word's vectors from its file, or learn and write them if there is none."""
         file = self.out / "words" / self.digest / label(run) / f"{subject}-{seed}.safetensors"
         if not file.is_file():
             began = time.monotonic()
@@ -258,7 +257,7 @@ class Bench:
         return read_words(file, self.model.text.table.shape[1])[TOKEN]
 
     def complete(self, run, subject, seed):
-        """Draw and measure what is missing of a subject."""
+        """Draw and measure a subject's missing pictures."""
         keys, size = self.keys(run, subject, seed), self.args.batch[0]
         batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         batches = [batch for batch in batches if not self.rows.found.keys() >= set(batch)]
@@ -281,7 +280,7 @@ class Bench:
         return [to_image(pixels) for pixels in self.model.decode(x_0)]
 
     def means(self, run, subject, seeds):
-        """How many pictures are measured, and the means of their scores."""
+        """How many pictures are measured and how many wanted, and the means of their scores."""
         keys = [key for seed in seeds for key in self.keys(run, subject, seed)]
         found = [self.rows.found[key] for key in keys if key in self.rows.found]
         return len(found), len(keys), [statistics.mean(column) for column in zip(*found)]
@@ -291,7 +290,7 @@ class Bench:
 
 
 def dreambench(args):
-    """Learn, draw and measure: -> exit status, 1 if a word or a picture was no number."""
+    """Learn, draw and measure; returns the exit status, 1 if a word or a picture was not finite."""
     if not (args.data and args.dino):
         raise ValueError("dreambench needs --data and --dino, and --clip if no clip/ is beside the weights")
     args.clip = args.clip or Path(args.weights) / "clip"
@@ -321,7 +320,7 @@ def dreambench(args):
 
 
 def print_check(judges, count):
-    """The real pictures among themselves."""
+    """Print how alike the real pictures are, beside the paper's numbers."""
     different, every = judges.compare_real()
     head("real pictures among themselves", "DINO", "CLIP-I")
     row(f"pairs of different pictures, mean over {len(judges.real)} of {count} subjects", *different)
@@ -332,7 +331,7 @@ def print_check(judges, count):
 
 
 def print_choices(bench, subject):
-    """What the paper leaves open."""
+    """Print the choices that the paper leaves open."""
     shown, compared = bench.texts(subject, 1)
     head("choice", "here")
     row("sampler and prompts", bench.choices)
@@ -348,7 +347,7 @@ def print_choices(bench, subject):
 
 
 def print_means(bench, runs, subjects):
-    """The means of each subject, and over subjects beside the published ones."""
+    """Print the means of each subject, and over subjects beside the published ones."""
     over = defaultdict(list)
     print()
     head("run", "subject", "pictures", "DINO", "CLIP-I", "CLIP-T")

@@ -1,4 +1,4 @@
-"""What the words are worth that both programs learn, and the time they take."""
+"""The quality of the words that both programs learn, and the time they take."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ from .sides import RECIPE, Theirs
 
 
 def quality(args):
-    """Both programs whole, with their defaults: time, samples and what the word is worth, means over sets."""
+    """Run both whole programs with their defaults: time, samples and the word's scores, means over sets."""
     from notebooks import setups, study
 
     model, clip = tinyti.load(args.weights), tinyti.load_clip(Path(args.weights) / "clip")
@@ -58,7 +58,7 @@ def programs(args, name, seed, out, about):
 
 
 def recipe(out, steps, **case):
-    """diffusers' program in `quality`: words along the way, and when each came."""
+    """Run diffusers' recipe: write words along the way, and print when each was written."""
     side, ended = Theirs(**case), {}
     for i in range(1, steps + 1):
         side.step()

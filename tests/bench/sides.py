@@ -1,4 +1,4 @@
-"""The two sides: tinyti's training and that of diffusers' example script, to be taken step by step."""
+"""The two sides, to run step by step: tinyti's training and that of diffusers' example script."""
 
 import random
 from pathlib import Path
@@ -15,11 +15,11 @@ from tinyti.graphs import no_graphs
 from tinyti.inversion import Inversion, invert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECIPE = {"lr": 2e-3, "batch": 4, "steps": 3000}  # of the example's README: 5e-4, scaled by a batch of 4
+RECIPE = {"lr": 2e-3, "batch": 4, "steps": 3000}  # from the example's README: 5e-4, scaled by a batch of 4
 
 
 class Ours:
-    """tinyti's training, to be taken step by step."""
+    """tinyti's training, to run step by step."""
 
     def __init__(self, weights, images, device, precision, size, batch, vectors):
         self.model = tinyti.load(weights, device, DTYPES[precision])
@@ -28,7 +28,7 @@ class Ours:
         photos, _ = read_photos(images, size)
         examples = make_examples(self.model, "S*", photos, OBJECT_TEMPLATES)
         state = Inversion(self.model, concept)
-        state.evaluations = [0.0] * 10**6  # they are there: none is computed within a step
+        state.evaluations = [0.0] * 10**6  # so that no step computes an evaluation
         self.begin = lambda: invert(self.model, state, examples, 10**6, batch)
         self.steps = self.begin()
 
@@ -36,19 +36,19 @@ class Ours:
         next(self.steps)
 
     def unrecorded(self):
-        """A step whose operations can be counted also on a GPU."""
+        """A step without CUDA graphs, so that its operations can be counted."""
         with no_graphs():
             next(self.begin())
 
 
 def load_ours(weights):
-    """VAE, UNet and text transformer."""
+    """Our VAE, UNet and text transformer."""
     model = tinyti.load(weights)
     return model.vae, model.unet, model.text
 
 
 def load_theirs(weights):
-    """The same of theirs."""
+    """VAE, UNet and text transformer of diffusers and transformers."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -57,7 +57,7 @@ def load_theirs(weights):
 
 
 class Theirs:
-    """diffusers' examples/textual_inversion, its loop in our words: what it computes, and in which order."""
+    """The training loop of diffusers' examples/textual_inversion, rewritten: the same operations in order."""
 
     def __init__(
         self, weights, images, device, precision, size, batch, vectors, style=False, start=None, seed=0
@@ -91,7 +91,7 @@ class Theirs:
         self.optimizer = torch.optim.AdamW(table.parameters(), RECIPE["lr"], weight_decay=1e-2)
 
     def example(self):
-        """A sample of the batch: the picture is read, resized and perhaps mirrored, the prompt tokenised."""
+        """A sample of the batch: a picture, read, resized and perhaps mirrored, and a tokenised prompt."""
         image = Image.open(self.random.choice(self.files)).convert("RGB")
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if self.random.random() < 0.5:
@@ -115,7 +115,7 @@ class Theirs:
         is_v = self.noise.config.prediction_type == "v_prediction"
         target = self.noise.get_velocity(x_0, eps, t) if is_v else eps
         F.mse_loss(prediction.float(), target.float()).backward()
-        self.optimizer.step()  # of the whole vocabulary, whose other rows are then put back
+        self.optimizer.step()  # changes the whole vocabulary; the other rows are restored below
         self.optimizer.zero_grad()
         with torch.no_grad():
             self.table[self.frozen] = self.before[self.frozen]

@@ -1,4 +1,4 @@
-"""Seconds and operations of a step, side by side."""
+"""Seconds and operations per step, side by side."""
 
 import statistics
 
@@ -10,7 +10,7 @@ from .sides import DTYPES, SIDES
 
 
 def step(args):
-    """Seconds and operations of a step, and the share of the machine's matrix rate."""
+    """Print the seconds and operations of a step, and its share of the machine's matrix rate."""
     rate = matrix_rate(args.device, args.precision[0])
     print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s\n")
     names = "tinyti s", "diffusers s", "ratio", "ratio of operations", "TFLOP", "of the rate"
@@ -26,11 +26,11 @@ def step(args):
 
 
 def operations(step):
-    """Floating-point operations of a step: matrix products, convolutions and attention, forward and back."""
+    """Count a step's operations, forward and backward: matrix products, convolutions and attention."""
     count, back = flop_counter.sdpa_flop_count, flop_counter.sdpa_backward_flop_count
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = {  # else the CPU's attention counts as nothing
+    known = {  # else the CPU's attention is not counted
         attention: lambda q, k, v, *_, **__: count(q, k, v),
         backward: lambda g, q, k, v, *_, **__: back(g, q, k, v),
     }

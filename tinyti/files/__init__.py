@@ -1,1 +1,1 @@
-"""Files: models, learned words and pictures are read here, and whatever is written is written whole."""
+"""Files: read models, learned words and pictures; write files atomically."""

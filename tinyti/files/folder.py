@@ -1,6 +1,6 @@
-"""Model folders exactly as published, and the strict build of every network.
+"""Read model folders as published, and build every network strictly.
 
-Every key must find its place and every place its key; only what is listed by name may be left over."""
+Every key of a file must match a weight, and every weight a key; only keys in LEFT_OUT may be left over."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ NETWORKS = {
     DINOConfig: DINO,
 }  # fmt: skip
 
-# Settings that change the numbers but no name or shape of a weight, and their values in our networks.
+# Settings that change the numbers but no weight's name or shape, with the values that our networks support.
 FIXED = {
     UNetConfig: {
         "act_fn": ("silu",), "center_input_sample": (False,), "class_embed_type": (None,),
@@ -58,7 +58,7 @@ FIXED = {
     },
 }  # fmt: skip
 
-# Published beside the weights, but no weights of ours: buffers, projections and heads that nothing here uses.
+# Published keys that our networks do not use: buffers, projections and heads.
 LEFT_OUT = {
     CLIPText: ("embeddings.position_ids", "text_projection", "logit_scale", "attn_mask"),
     LDMBert: ("to_logits.",),
@@ -66,17 +66,17 @@ LEFT_OUT = {
     DINO: ("pooler.",),
 }
 
-# A regular expression and what it becomes.
+# A regular expression and its replacement.
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 
-# The names in folders that transformers wrote before 5, and diffusers before 0.17.
+# Names in folders written by transformers before 5 and by diffusers before 0.17.
 OLD_NAMES: Rules = [
     (r"^text_model\.", ""),
     (r"\.attentions\.0\.(query|key|value)\.", lambda m: f".attentions.0.to_{m[1][0]}."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 
-# A vision transformer's names in folders become those of CLIP's layers.
+# Names of a published vision transformer (ViT), which become those of CLIP's layers.
 VIT_NAMES: Rules = [
     (r"^encoder\.layer\.", "encoder.layers."),
     (r"\.layernorm_before\.", ".layer_norm1."),
@@ -93,21 +93,21 @@ class Part(NamedTuple):
 
     config: Any
     weights: dict[str, Tensor]
-    path: Path  # where both are from
+    path: Path  # the source of both
 
 
 @dataclass
 class Checkpoint:
-    """What a model is made of, read but not yet built; ValueError if its UNet takes more than latents.
+    """The parts of a model, read but not yet built; ValueError unless its UNet takes 4 channels (latents).
 
-    Where a file leaves something open, the methods decide as the pipelines of diffusers do.
+    If a setting is missing, the methods choose as diffusers' pipelines do.
     """
 
     unet: Part
     vae: Part
     text: Part
     scheduler: dict  # the contents of scheduler_config.json
-    scheduler_path: Path  # where it is from
+    scheduler_path: Path  # its source
     tokenizer: Path  # the folder of the vocabulary
 
     def __post_init__(self):
@@ -118,13 +118,13 @@ class Checkpoint:
 
     @property
     def is_ldm(self) -> bool:
-        """Whether this is the paper's LDM, else it is Stable Diffusion."""
+        """Whether this is the paper's LDM and not Stable Diffusion."""
         return isinstance(self.text.config, LDMBertConfig)
 
     def schedule(self, prediction: str | None = None) -> Schedule:
-        """The noise schedule of scheduler_config.json; `prediction` overrules what the UNet predicts there.
+        """The noise schedule of scheduler_config.json; `prediction` overrides its prediction_type.
 
-        ValueError for a file without betas, as of flow and consistency models, and unsupported settings.
+        ValueError if the betas are missing (flow and consistency models) or a setting is not supported.
         """
         settings = dict(self.scheduler)
         with explain_errors(self.scheduler_path, "noise schedule"):
@@ -143,15 +143,15 @@ class Checkpoint:
         return schedule
 
     def skip_text_layers(self, clip_skip: int) -> Part:
-        """The text transformer without its last `clip_skip` - 1 layers, which diffusers calls clip_skip.
+        """The text transformer without its last `clip_skip` - 1 layers; diffusers' clip_skip is one less.
 
-        ValueError for families that are not trained so, or more layers than there are.
+        ValueError for Stable Diffusion 2 and LDM, and for a layer that does not exist.
         """
         config, weights, path = self.text
         if clip_skip == 1:
             return self.text
-        if self.is_ldm or self.unet.config.use_linear_projection:  # of matrices, in Stable Diffusion 2 alone
-            hint = "Stable Diffusion 2 leaves a layer out already, LDM none"
+        if self.is_ldm or self.unet.config.use_linear_projection:  # only Stable Diffusion 2 projects linearly
+            hint = "Stable Diffusion 2 already skips a layer, and LDM uses them all"
             raise ValueError(f"clip skip is {clip_skip}, but it is for Stable Diffusion 1 only; {hint}")
         layers = config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
@@ -170,14 +170,14 @@ def build(
     dtype: torch.dtype = torch.float32,
     **extra,
 ) -> nn.Module:
-    """The frozen network of a configuration with exactly these weights, which are from `path`.
+    """Build the frozen network of a configuration from exactly these weights; errors name `path`.
 
-    ValueError names the first key that is missing, left over, of another shape or no floating-point tensor,
-    and says what is wrong with a configuration that no network has.
+    ValueError names the first key that is missing, left over, of another shape or not floating-point, or
+    says what is wrong with the configuration.
     """
     kind = NETWORKS[type(config)]
     with explain_errors(path, kind.__name__):
-        # On meta: no memory and no random numbers for weights that are replaced at once.
+        # On the meta device weights take no memory and no random numbers; they are replaced at once.
         with torch.device("meta"):
             network = kind(config, **extra)
         ours = network.state_dict()
@@ -185,22 +185,22 @@ def build(
         for key in sorted(ours.keys() | weights.keys()):
             expected, found = (_format(tensors.get(key)) for tensors in (ours, weights))
             if found != expected:
-                raise ValueError(f"for {key!r:.200} it has {found}, expected is {expected}")
-    # Weights that need no conversion stay in their file, mapped into memory, and are read where used.
+                raise ValueError(f"for {key!r:.200} it has {found}, expected {expected}")
+    # Weights that need no conversion stay memory-mapped: the file is read when they are used.
     weights = {k: w.to(device, dtype) for k, w in weights.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def _format(weight: Tensor | None) -> str:
-    """What a network and its file must agree on."""
+    """A weight's kind of dtype and its shape, on which a network and its file must agree."""
     if weight is None:
         return "nothing"
     return f"{'floats' if weight.is_floating_point() else weight.dtype} of shape {tuple(weight.shape)}"
 
 
 def rename(weights: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Every key through every rule, in order; ValueError where two become the same."""
+    """Apply every rule, in order, to every key; ValueError if two keys become the same."""
     renamed = {}
     for key, weight in weights.items():
         for pattern, new in rules:
@@ -217,7 +217,7 @@ def rename(weights: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
 def read_folder(path: Path) -> Checkpoint:
     """Read a model folder as published.
 
-    FileNotFoundError where something is not there, ValueError where it is damaged or of another family.
+    FileNotFoundError if a file is missing, ValueError if one is damaged or the model is of another family.
     """
     path = find_snapshot(path)
     with explain_errors(path, "latent diffusion model"):
@@ -239,7 +239,10 @@ def read_folder(path: Path) -> Checkpoint:
 
 
 def find_snapshot(path: Path) -> Path:
-    """The folder of a model in a `models--org--name` folder of the Hugging Face cache; any other as it is."""
+    """Find the snapshot in a Hugging Face cache folder, `models--org--name`; return other paths unchanged.
+
+    ValueError unless refs/main names the snapshot or there is exactly one.
+    """
     snapshots = path / "snapshots"
     if not snapshots.is_dir():
         return path
@@ -249,12 +252,12 @@ def find_snapshot(path: Path) -> Path:
     found = sorted(snapshots.iterdir())
     if len(found) != 1:
         names = ", ".join(snapshot.name for snapshot in found) or "none"
-        raise ValueError(f"{path} is a cache of several snapshots ({names}); name one, as {snapshots}/...")
+        raise ValueError(f"{path} must hold one snapshot, found {names}; name one, as {snapshots}/...")
     return found[0]
 
 
 def correct_sample_size(config: UNetConfig, raw: dict) -> UNetConfig:
-    """Like diffusers' pipelines, read 64 where a version before 0.9 wrote a smaller size of the latents."""
+    """Use latents of size 64 if diffusers before 0.9 wrote a smaller size, as diffusers' pipelines do."""
     version = re.match(r"(\d+)\.(\d+)", str(raw.get("_diffusers_version", "")))
     is_old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
     too_small = config.sample_size is not None and config.sample_size < 64
@@ -262,7 +265,7 @@ def correct_sample_size(config: UNetConfig, raw: dict) -> UNetConfig:
 
 
 def read_part(folder: Path, kind: type, names: Rules = OLD_NAMES) -> Part:
-    """Read the configuration `kind` and the weights of one network, renamed; errors as of `read_folder`."""
+    """Read the configuration `kind` and the weights of one network, renamed; errors as in `read_folder`."""
     file = folder / "config.json"
     config, weights = read_config(kind, read_json(file), file), read_weights(folder)
     with explain_errors(folder, kind.__name__):
@@ -270,12 +273,12 @@ def read_part(folder: Path, kind: type, names: Rules = OLD_NAMES) -> Part:
 
 
 def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]:
-    """Read a folder like openai/clip-vit-base-patch32 as published; errors as of `read_folder`."""
+    """Read a folder like openai/clip-vit-base-patch32 as published; errors as in `read_folder`."""
     file = path / "config.json"
     raw = read_json(file)
     towers = {}
     for kind, name in ((TextConfig, "text_config"), (VisionConfig, "vision_config")):
-        # Configurations from before transformers 4.27 say some things twice; the complete ones end in _dict.
+        # transformers before 4.27 wrote a tower's settings twice; the complete ones end in _dict.
         tower = raw.get(f"{name}_dict") or raw.get(name)
         if tower is None:
             raise ValueError(f"{file} lacks {name}; expected a CLIP with both towers")
@@ -292,7 +295,7 @@ def read_clip(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], Preprocessing]
 
 
 def read_dino(path: Path) -> Part:
-    """Read a folder like facebook/dino-vits16 as published; errors as of `read_folder`."""
+    """Read a folder like facebook/dino-vits16 as published; errors as in `read_folder`."""
     file = path / "config.json"
     if (found := read_json(file).get("model_type")) != "vit":
         raise ValueError(f"{file}: model_type is {found!r:.80}, expected 'vit' as in facebook/dino-vits16")
@@ -300,7 +303,7 @@ def read_dino(path: Path) -> Part:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; FileNotFoundError or ValueError if there is none."""
+    """Read the object in a JSON file; FileNotFoundError or ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; download the whole model folder (weights/README.md)")
     with explain_errors(path, "JSON object", "download it again"):
@@ -313,9 +316,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(kind: type, raw: dict, path: Path):
-    """The configuration `kind` among the settings of `path`; absent and null ones have their default.
+    """Build the configuration `kind` from the settings in `path`; missing and null ones take their default.
 
-    ValueError where a value is none that such a network has, or another setting would change the numbers.
+    ValueError for a value of the wrong type or size, and for a setting in FIXED that we do not support.
     """
     values, fixed = {}, FIXED.get(kind, {})
     types = {field.name: field.type for field in fields(kind)}
@@ -337,7 +340,7 @@ def read_config(kind: type, raw: dict, path: Path):
 
 
 def fits(value, kind: type, most: int) -> bool:
-    """Whether a JSON value is of an annotated type and, if a number, of a size that networks have."""
+    """Whether a JSON value has an annotated type and, if it is a number or a list, a plausible size."""
     if isinstance(kind, UnionType):
         return any(fits(value, one, most) for one in get_args(kind))
     if get_origin(kind) is tuple:
@@ -356,11 +359,11 @@ def fits(value, kind: type, most: int) -> bool:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-VARIANTS = ("", ".fp16", ".bf16", ".non_ema")  # of the weights in a folder; the first that is there is read
+VARIANTS = ("", ".fp16", ".bf16", ".non_ema")  # of the weights in a folder; the first that exists is read
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a part: full precision before variants, .safetensors before .bin, whole before shards.
+    """Read a part's weights: full precision before variants, .safetensors before .bin, whole before shards.
 
     FileNotFoundError if there are none.
     """
@@ -381,7 +384,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The weights in the files that an index.json names; errors as of `read_folder`."""
+    """Read the weight files that an index.json lists; errors as in `read_folder`."""
     with explain_errors(index, "list of weight files", "download it again"):
         names = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(name).name != name for name in names):

@@ -1,9 +1,9 @@
-"""Models and words by their name on the Hugging Face hub: from its cache, or downloaded on request."""
+"""Find models and words by their Hugging Face hub name: in its cache, or downloaded on request."""
 
 import re
 from pathlib import Path
 
-# What to take of a repository: the files that weights/README.md names, and gigabytes where they are known.
+# What to download of a repository: the files that weights/README.md names, and their size in GB.
 PATTERNS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (["*.json", "*.txt", "[tuv]*/*model.safetensors"], 4.3),
     "CompVis/stable-diffusion-v1-4": (["*.json", "*.txt", "[tuv]*/*model.safetensors"], 4.3),
@@ -17,30 +17,31 @@ WORD_FILES = ["learned_embeds.*"]
 
 
 def is_name(text: str | Path) -> bool:
-    """Whether a text has the form of a repository's name, organisation/name."""
+    """Whether a text has the form of a repository name, organisation/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(text), re.ASCII) is not None
 
 
 def find_model(name: str | Path, download: bool = False) -> Path:
-    """The folder of a model: a path that exists, or its snapshot in the cache; errors as of `find`."""
+    """Find a model's folder, as `find` does."""
     files, size = PATTERNS.get(str(name), (MODEL_FILES, None))
     return find(name, files, download, "the model", f" ({size} GB)" if size else "")
 
 
 def find_word(name: str | Path, download: bool = False) -> Path:
-    """The folder of a learned word: a path that exists, or its snapshot in the cache; errors as of `find`."""
+    """Find a learned word's folder or file, as `find` does."""
     return find(name, WORD_FILES, download, "the word", "")
 
 
 def find(name: str | Path, files: list[str], download: bool, what: str, size: str) -> Path:
-    """A path that exists, or else the snapshot of these files in the cache; no network without `download`.
+    """Return an existing path as it is, else the snapshot of these files in the cache.
 
-    FileNotFoundError where it is in neither place, OSError where the download fails.
+    The network is used only with `download`.  A text that is not a repository name is returned unchanged.
+    FileNotFoundError if a name is in neither place, OSError if the download fails.
     """
     path = Path(name)
     if path.exists() or not is_name(name):
         return path
-    from huggingface_hub import snapshot_download  # only now: it takes longer to import than all of ours
+    from huggingface_hub import snapshot_download  # here, because its import takes longer than all of ours
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""Pictures: files of photos, masks and captions, PIL images, and tensors in [-1, 1]."""
+"""Pictures: read photos, masks and captions; convert between PIL images and tensors in [-1, 1]."""
 
 import io
 import os
@@ -22,10 +22,10 @@ with suppress(ImportError):  # tinyti[heic]: photos of an iPhone
 
     pillow_heif.register_heif_opener()
 
-# No EPS, PDF or WMF among them, which Pillow hands to other programs.
+# EPS and WMF are left out: Pillow hands them to Ghostscript and to Windows.
 FORMATS = ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
 
-# First bytes (from an offset) of pictures that are not read here, and how to have them read.
+# Offset and first bytes of picture formats that are not read, and what to do instead.
 EXPORT = "export it as JPEG or PNG"
 NOT_READ = [
     (4, b"ftyphei", f"a HEIC photo; pip install pillow-heif, or {EXPORT}"),
@@ -40,7 +40,7 @@ NOT_READ = [
 ]
 SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MOST_TEXT = 2**20  # bytes of a caption or of a file of templates
-MOST_LETTERS = 10_000  # of a caption or of a text in the command line; a prompt has room for 75 tokens
+MOST_LETTERS = 10_000  # of a caption or a text on the command line; a prompt has room for 75 tokens
 
 # What Pillow raises for damaged pictures of these formats, and for those of more than 178 million pixels.
 DAMAGED = (
@@ -73,17 +73,17 @@ class Photo(NamedTuple):
     file: Path
     pixels: Tensor
     caption: str | None = None
-    mask: Tensor | None = None  # (1, size, size), from 0 (what is not to be learned) to 1
+    mask: Tensor | None = None  # (1, size, size), from 0 (not learned) to 1 (learned)
 
 
 def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
-    """Read every picture in a folder, in the order of their names; a single picture is a folder of one.
+    """Read every picture in a folder, in the order of their names; `folder` may also be a single picture.
 
     `cat.txt` beside `cat.jpg` is its caption.  `cat.mask.png` or the picture's own transparency is its mask.
-    Pictures in subfolders (but `heldout`, which is for judging a word), other files and damaged pictures are
-    passed over.  Returns the photos, `size` pixels square, and one line for each thing passed over.
-    FileNotFoundError if there is no such folder, ValueError if it holds no readable picture, a caption that
-    is no text, or a mask that fits no picture.
+    Pictures in subfolders, other files and damaged pictures are passed over.  Returns the photos, `size`
+    pixels square, and one line for each thing passed over.  The subfolder `heldout`, for judging a word,
+    gets no line.  FileNotFoundError if there is no such folder, ValueError if it holds no readable picture,
+    a caption that is too long or not text, or a mask that fits no picture.
     """
     folder = Path(folder)
     if not size >= 1:
@@ -126,9 +126,9 @@ def read_photos(folder: str | Path, size: int) -> tuple[list[Photo], list[str]]:
 
 
 def read_mask(file: Path, picture: Image.Image, alpha, mask_file: Path | None, size: int) -> Tensor | None:
-    """A photo's mask (1, size, size), cropped and resized as the photo is; None where it has none.
+    """Read a photo's mask (1, size, size), cropped and resized like the photo; None if it has none.
 
-    ValueError for a mask of another ratio, an empty one, or transparency and a mask file at once.
+    ValueError if the mask has another aspect ratio or is empty, or if there is transparency and a mask file.
     """
     if mask_file is None and alpha is None:
         return None
@@ -140,17 +140,17 @@ def read_mask(file: Path, picture: Image.Image, alpha, mask_file: Path | None, s
         raise ValueError("{} has {}, its picture {}; the ratios must be equal".format(source, *sides))
     mask = (to_tensor(image.convert("RGB"), size).mean(dim=0, keepdim=True) + 1) / 2
     if not (mask > 0.05).any():
-        raise ValueError(f"{source}: the mask is empty in the middle square; white is what is to be learned")
+        raise ValueError(f"{source}: the mask is empty in the middle square; white marks what is learned")
     return mask.clamp(0, 1)
 
 
 def have_same_ratio(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two pictures have the same ratio of their sides, within 2 %."""
+    """Whether two pictures have the same aspect ratio, within 2 %."""
     return abs(one.width * other.height / (one.height * other.width) - 1) <= 0.02
 
 
 def count_pictures(folder: Path) -> int:
-    """How many files in a folder and below it are named like pictures; hidden folders are left out."""
+    """Count the files with a picture's suffix in a folder and below it; hidden folders are left out."""
     count = 0
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -159,21 +159,21 @@ def count_pictures(folder: Path) -> int:
 
 
 def read_image(file: str | Path) -> Image.Image:
-    """Read one picture as upright RGB, the first frame if it moves; what is transparent shows white.
+    """Read one picture as upright RGB: the first frame of an animation, white where it is transparent.
 
-    FileNotFoundError if there is no such file, ValueError if it is no picture, damaged, too large for Pillow
-    or has 32-bit values.
+    FileNotFoundError if there is no such file, ValueError if it is not a picture, is damaged, too large for
+    Pillow or has 32-bit values.
     """
     return read_cutout(file)[0]
 
 
 def read_cutout(file: str | Path) -> tuple[Image.Image, Image.Image | None]:
-    """`read_image`, and the transparency: 0 (clear) to 255, None where the picture is opaque everywhere."""
+    """Read as `read_image` does, with the alpha channel, 0 (clear) to 255; None if all of it is opaque."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on large and on odd pictures
+            warnings.simplefilter("ignore")  # Pillow warns of large and of odd pictures
             try:
                 return _open(file)
             except ValueError as error:
@@ -186,14 +186,14 @@ def read_cutout(file: str | Path) -> tuple[Image.Image, Image.Image | None]:
         kinds = [kind for offset, start, kind in NOT_READ if head[offset:].startswith(start)]
         kind = kinds[0] if kinds else "not a picture"
         if "HEIC" in kind and "HEIF" in Image.OPEN:
-            kind = f"a HEIC photo, damaged or of a kind that pillow-heif does not read; {EXPORT}"
+            kind = f"a HEIC photo that is damaged or that pillow-heif does not read; {EXPORT}"
         raise ValueError(f"{file}: {kind}") from error
     except DAMAGED as error:
         raise ValueError(one_line(f"{file}: cannot be read ({error})")) from error
 
 
 def _open(file):
-    """One picture as upright RGB, and its transparency if it has any; errors as Pillow raises them."""
+    """Read one picture as upright RGB, and its alpha channel if it has one; errors are Pillow's."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without some
     with Image.open(file, formats=formats) as image:
@@ -201,7 +201,7 @@ def _open(file):
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         if alpha is not None and alpha.getextrema()[0] == 255:
             alpha = None
-        # (ImageOps.exif_transpose also rewrites the EXIF data, and fails on odd ones)
+        # Not ImageOps.exif_transpose: it also rewrites the EXIF data, and fails on odd ones.
         turn = ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation))
         if turn is not None:
             picture, alpha = picture.transpose(turn), alpha and alpha.transpose(turn)
@@ -209,7 +209,7 @@ def _open(file):
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG without its texts and colour profile: Pillow refuses texts of more than 1 MB."""
+    """Remove a PNG's texts and colour profile: Pillow refuses texts of more than 1 MB."""
     kept, place = [png[:8]], 8
     while place + 8 <= len(png):
         length = int.from_bytes(png[place : place + 4], "big")
@@ -221,7 +221,7 @@ def _without_text(png: bytes) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, white where it is transparent; ValueError for 32-bit values."""
+    """Convert a picture of any mode to RGB, white where it is transparent; ValueError for 32-bit values."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)  # (H, W)
         if image.mode == "F" or levels.min() < 0 or levels.max() >= 2**16:
@@ -237,19 +237,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image, size: int) -> Tensor:
     """The middle square of an RGB image, resized (bicubic, antialiased): (3, size, size) in [-1, 1].
 
-    ValueError for a picture of another mode, or without pixels.
+    ValueError for a picture of another mode or without pixels.
     """
     if image.mode != "RGB" or 0 in image.size:
         raise ValueError(f"a picture of mode {image.mode} and size {image.size}; expected RGB, by to_rgb")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))  # resize(box=...) would mix in what is outside
+    square = image.crop((left, top, left + side, top + side))  # resize(box=...) would mix in pixels outside
     levels = np.array(square.resize((size, size), Image.Resampling.BICUBIC))  # (size, size, 3)
     return torch.from_numpy(levels).permute(2, 0, 1).float().contiguous() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """The way back: (3, H, W), values outside [-1, 1] clipped; FloatingPointError for NaN and infinity."""
+    """Convert floats (3, H, W) to an image, clipped to [-1, 1].
+
+    FloatingPointError for NaN and infinity, ValueError for another shape or dtype.
+    """
     if pixels.ndim != 3 or len(pixels) != 3 or not pixels.is_floating_point():
         found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
         raise ValueError(f"a picture is floats of shape (3, H, W), not {found}")
@@ -262,7 +265,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def read_text(file: Path) -> str:
-    """The text in a file, UTF-8 or UTF-16 with its mark; ValueError for another encoding or a large file."""
+    """Read a UTF-8 file, or UTF-16 with its byte order mark; ValueError for others and for over 1 MiB."""
     if (size := file.stat().st_size) > MOST_TEXT:
         raise ValueError(f"{file}: {size:,} bytes of text, expected at most {MOST_TEXT:,}")
     data = file.read_bytes()

@@ -1,6 +1,6 @@
-"""Single files in the layout of the original code (CompVis, Stability AI): what their names are here.
+"""Read single files in the layout of the original code (CompVis, Stability AI), and rename their weights.
 
-A file has no configuration: sizes are read off the shapes, and the kind of text transformer off its names."""
+A file has no configuration: the shapes give the sizes, and names the kind of text transformer."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from .folder import Checkpoint, Part, Rules, rename
 from .tensors import explain_errors, read_tensors
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # UNet, VAE, text
-# What the original code of all three models does.
+# The noise schedule in the original code of all three models.
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -29,17 +29,17 @@ SCHEDULER = {
 def read_single_file(path: Path, prediction: str | None = None) -> Checkpoint:
     """Read a single file; its vocabulary is the folder `tokenizer` beside it.
 
-    `prediction` is what the UNet of a Stable Diffusion 2 file predicts, which the file does not tell.
-    ValueError where the file is damaged, of another family, or Stable Diffusion 2 without `prediction`.
+    `prediction` says what the UNet of a Stable Diffusion 2 file predicts, because the file does not.
+    ValueError if the file is damaged, of another family, or Stable Diffusion 2 without `prediction`.
     """
     weights = read_tensors(path)
     with explain_errors(path, "latent diffusion model"):
         unet, vae, text = split_parts(weights)
         unet, vae = rename(unet, UNET_RULES), rename_vae(vae)
-        # Of all these models, Stable Diffusion 2 alone projects by matrices.
+        # Only Stable Diffusion 2 projects linearly; the others use 1 × 1 convolutions.
         sd2 = unet["mid_block.attentions.0.proj_in.weight"].ndim == 2
         text, text_config = read_text_transformer(text, sd2)
-        size = 64  # latents a side that the model was trained at
+        size = 64  # the side of the latents in training
         if isinstance(text_config, LDMBertConfig):
             size = 32
         elif sd2 and prediction == "v_prediction":
@@ -51,14 +51,14 @@ def read_single_file(path: Path, prediction: str | None = None) -> Checkpoint:
     if sd2 and prediction is None:
         hint = "epsilon for the 512-pixel base models, v_prediction for 768"
         raise ValueError(
-            f"{path} is a Stable Diffusion 2 file, which does not tell what its UNet predicts; "
+            f"{path} is a Stable Diffusion 2 file, which does not say what its UNet predicts; "
             f"give prediction= (--prediction): {hint}"
         )
     return model
 
 
 def split_parts(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The weights of UNet, VAE and text transformer, each without its prefix."""
+    """Split the weights into those of UNet, VAE and text transformer, without their prefixes."""
     parts = []
     for prefix in PREFIXES:
         part = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
@@ -66,10 +66,10 @@ def split_parts(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             hint = "it is a part of a model, or, like Stable Diffusion XL, 3 and Flux, of another family"
             raise ValueError(f"it has no {prefix}* keys; {hint}")
         parts.append(part)
-    # A name without a dot is a buffer of the schedule; model_ema is the UNet once more, averaged.
+    # Names without a dot are the schedule's buffers; model_ema is a running average of the UNet.
     for key in weights:
         if "." in key and not key.startswith((*PREFIXES, "model_ema.")):
-            raise ValueError(f"for {key!r:.200} it has a weight, expected is nothing")
+            raise ValueError(f"for {key!r:.200} it has a weight, expected nothing")
     return parts
 
 
@@ -77,7 +77,7 @@ def split_parts(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def layer_name(place: int, kind: str) -> str:
-    """A UNet's layer: each resolution takes three places in a flat list, the last may be a downsampler's."""
+    """Name a UNet's layer from its place in a flat list: a resolution has three, the last may downsample."""
     return f"{place // 3}.{'attentions' if kind == '1' else 'resnets'}.{place % 3}"
 
 
@@ -110,7 +110,7 @@ VAE_RULES: Rules = [
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 ]
-CLIP_RULES: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]  # a prefix or two
+CLIP_RULES: Rules = [(r"^transformer\.", ""), (r"^text_model\.", "")]  # one prefix or both
 OPENCLIP_RULES: Rules = [
     (r"^model\.", ""),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
@@ -122,7 +122,7 @@ OPENCLIP_RULES: Rules = [
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
-# Attention (even) and feed-forward (odd) alternate in a flat list, each behind its norm.
+# Attention (even) and feed-forward (odd) alternate in a flat list, each after its norm.
 LDMBERT_RULES: Rules = [
     (r"^transformer\.", "model."),
     (r"^model\.to_logits\.", "to_logits."),
@@ -139,7 +139,7 @@ LDMBERT_RULES: Rules = [
 
 
 def rename_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's names; its decoder counts resolutions from the other end, its attention is convolutions."""
+    """Rename the VAE's weights: its decoder counts resolutions backwards, its attention uses convolutions."""
     last = count_numbers(weights, r"decoder\.up\.(\d+)\.") - 1
     weights = {re.sub(r"\.up\.(\d+)", lambda m: f".up.{last - int(m[1])}", k): w for k, w in weights.items()}
     renamed = rename(weights, VAE_RULES).items()
@@ -147,9 +147,10 @@ def rename_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_text_transformer(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, TextConfig | LDMBertConfig]:
-    """The text transformer: the paper's or OpenCLIP's by its names, else CLIP's, of either family.
+    """Rename and configure the text transformer: the paper's or OpenCLIP's by its names, else CLIP's.
 
-    A folder of Stable Diffusion 2 that was made a single file may have CLIP's names for OpenCLIP's weights.
+    A single file converted from a Stable Diffusion 2 folder may have CLIP's names for OpenCLIP's weights.
+    ValueError if the text transformer belongs to another family than the UNet.
     """
     if "transformer.token_emb.weight" in weights and not sd2:
         weights = rename(weights, LDMBERT_RULES)
@@ -165,7 +166,7 @@ def read_text_transformer(weights: dict[str, Tensor], sd2: bool) -> tuple[dict, 
 
 
 def split_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's q, k and v one by one, without its last layer: Stable Diffusion 2 uses the one before."""
+    """Split OpenCLIP's q, k and v, and drop its last layer: Stable Diffusion 2 reads the one before it."""
     parts = {}
     for key, weight in weights.items():
         if ".attn.in_proj_" in key:
@@ -179,7 +180,7 @@ def split_openclip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_numbers(weights: dict[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand where the pattern's group is."""
+    """Count the different numbers that the pattern's group matches."""
     return len({m[1] for m in (re.match(pattern, k) for k in weights) if m})
 
 
@@ -190,7 +191,7 @@ def block_widths(weights: dict[str, Tensor], blocks: str) -> tuple[int, ...]:
 
 
 def unet_config(weights: dict[str, Tensor], sd2: bool, sample_size: int) -> UNetConfig:
-    """What a UNet's shapes tell; heads are 8, or 64 channels each in Stable Diffusion 2."""
+    """Read a UNet's configuration off its shapes; 8 heads, or heads of 64 channels in Stable Diffusion 2."""
     channels = block_widths(weights, "down_blocks")
     attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in weights for i in range(len(channels))]
     return UNetConfig(
@@ -206,7 +207,7 @@ def unet_config(weights: dict[str, Tensor], sd2: bool, sample_size: int) -> UNet
 
 
 def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
-    """What a CLIP text transformer's shapes tell; heads have 64 channels each."""
+    """Read a CLIP text transformer's configuration off its shapes; heads have 64 channels each."""
     vocab_size, width = weights["embeddings.token_embedding.weight"].shape
     return TextConfig(
         vocab_size=vocab_size,
@@ -219,7 +220,7 @@ def text_config(weights: dict[str, Tensor], activation: str) -> TextConfig:
 
 
 def ldmbert_config(weights: dict[str, Tensor]) -> LDMBertConfig:
-    """What the paper's text transformer's shapes tell; it has 8 heads."""
+    """Read the configuration of the paper's text transformer off its shapes; it has 8 heads."""
     vocab_size, width = weights["model.embed_tokens.weight"].shape
     return LDMBertConfig(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Reading tensors from files of strangers: no code of a pickle runs, and every failure is one line."""
+"""Read tensors from untrusted files: no code of a pickle runs, and every failure is one line."""
 
 import io
 import re
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 SUPPORTED = "supported are Stable Diffusion 1.x, 2.0 and 2.1, the LDM text2img model, and weights/tiny"
 
-# Packages whose objects training leaves in a .ckpt file beside the weights; empty stubs take their places.
+# Packages whose objects training code saves in a .ckpt beside the weights; they are read as empty stubs.
 BOOKKEEPING = ("pytorch_lightning.", "lightning.", "numpy.")
 
 
 def one_line(message: object) -> str:
-    """A message in one line of at most 1,000 characters, with control characters made visible."""
+    """Put a message in one line of at most 1,000 characters, with control characters made visible."""
     line = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= 1000 else line[:1000] + " ..."
@@ -28,7 +28,7 @@ def one_line(message: object) -> str:
 
 @contextmanager
 def explain_errors(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterator[None]:
-    """Turn every error of the block into a ValueError of one line: the contents of `path` are no `what`.
+    """Turn every error of the block into a one-line ValueError: `path` does not describe a `what`.
 
     Damaged files make their readers raise almost anything, so we catch everything.
     """
@@ -41,17 +41,16 @@ def explain_errors(path: str | Path, what: str, hint: str = SUPPORTED) -> Iterat
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors or torch.save, mapped into memory; code never runs.
+    """Read the tensors in a file of safetensors or torch.save, memory-mapped if possible; no code runs.
 
-    The first bytes say which of them it is, not the suffix.
-
-    ValueError if it is damaged, holds something else, or is not a regular file.
+    The first bytes decide which of the two it is, not the suffix.  ValueError if it is damaged, holds
+    something else, or is not a regular file.
     """
     with explain_errors(path, "file of weights", "download it again, or as .safetensors"):
         if not path.is_file():  # a device or a pipe may never end
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's on odd pickles
+            warnings.simplefilter("ignore")  # PyTorch warns of odd pickles
             contents = load_file(path) if is_safetensors(path) else unpickle(path)
         if isinstance(contents, dict):
             contents = contents.get("state_dict", contents)
@@ -66,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is of safetensors, by its first bytes; ValueError for pages and pointers."""
+    """Whether the first bytes are those of safetensors; ValueError for web pages and git-lfs pointers."""
     with open(path, "rb") as file:
         head = file.read(256)
     if head.startswith(b"version https://git-lfs"):
@@ -77,28 +76,29 @@ def is_safetensors(path: Path) -> bool:
 
 
 class UnsafePickleError(ValueError):
-    """A pickle that would call a function by this name; it was not called."""
+    """A pickle would call a function, which the message names; it was not called."""
 
 
 def unpickle(source: Path | bytes):
-    """What torch.save wrote into a file or into bytes: tensors and plain containers; code never runs.
+    """Read what torch.save wrote, from a file or bytes: tensors and plain containers; no code runs.
 
-    Objects of BOOKKEEPING packages are read as empty stubs.  UnsafePickleError for any other object.
+    Objects of BOOKKEEPING packages are read as empty stubs; any other object is an UnsafePickleError.
+    ValueError if the contents are damaged or compressed.
     """
-    if isinstance(source, Path) and source.suffix.lower() == ".safetensors":  # torch.load would go by it
+    if isinstance(source, Path) and source.suffix.lower() == ".safetensors":  # torch.load goes by the suffix
         source = source.read_bytes()
 
     def stream():
         return io.BytesIO(source) if isinstance(source, bytes) else source
 
-    zipped = zipfile.is_zipfile(stream())  # files from before torch 1.6 are not, and cannot be mapped
+    zipped = zipfile.is_zipfile(stream())  # files of torch before 1.6 are not, and cannot be mapped
     if zipped:
         with zipfile.ZipFile(stream()) as archive:
             entries = archive.infolist()
         if any(entry.file_size > entry.compress_size + 2**20 for entry in entries):
             raise ValueError("its contents are compressed, as torch.save never does")
     names = []
-    with suppress(Exception):  # damaged files; torch.load says what is wrong with them
+    with suppress(Exception):  # the file is damaged; torch.load says how
         names = torch.serialization.get_unsafe_globals_in_checkpoint(stream()) if zipped else []
     stubs = [_stub(name) for name in names if name.startswith(BOOKKEEPING)]
     try:
@@ -106,7 +106,7 @@ def unpickle(source: Path | bytes):
         with torch.serialization.safe_globals([*stubs, nn.ParameterDict]):
             mmap = zipped and isinstance(source, Path)
             return torch.load(stream(), map_location="cpu", weights_only=True, mmap=mmap)
-    except UnpicklingError as error:  # whose text advises to run the file's code
+    except UnpicklingError as error:  # its text advises running the file's code
         call = re.search(r"GLOBAL (\S+)", str(error))
         if call:
             raise UnsafePickleError(f"it would call {call[1]}, which was not run") from None
@@ -114,7 +114,7 @@ def unpickle(source: Path | bytes):
 
 
 def _stub(name):
-    """A class that keeps nothing of its objects, under the full name by which torch.load asks for it."""
+    """Make a class of this full name, as torch.load looks it up; its objects stay empty."""
 
     def ignore(*args):
         pass

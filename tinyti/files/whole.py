@@ -1,4 +1,4 @@
-"""Whole-file writing: a file is written completely or stays as it was."""
+"""Atomic writes: a file is written completely or stays as it was."""
 
 import io
 import os
@@ -16,12 +16,12 @@ TEMPORARY = ".tinyti-*.tmp"  # what a killed process may leave behind
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
-    """Write a file whole or not at all: what the block writes into the stream takes the place of `path`.
+    """Write a file atomically: `path` gets the bytes that the block writes into the stream.
 
-    The stream is memory, because some libraries do not survive a full disk.  At the block's end its bytes are
-    written to a new file of a random name in the same folder, which is renamed.  The old file's permissions
-    are kept.  After a failure the old file is unchanged.  OSError if the folder is missing, not writable or
-    full.
+    The stream is in memory, because some libraries do not survive a full disk.  At the end of the block its
+    bytes go to a new file with a random name in the same folder, which is then renamed to `path`.  The old
+    file's permissions are kept.  After a failure the old file is unchanged.  OSError if the folder is
+    missing, not writable or full.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -29,7 +29,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
     stream = io.BytesIO()
     yield stream
     temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
-    # O_EXCL opens no file that is there and follows no link: nobody else can know or prepare the name.
+    # O_EXCL refuses existing files and symlinks: nobody can prepare a file under the random name.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() and not path.is_symlink() else None
     try:
@@ -46,7 +46,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Rename a file; on Windows again after a moment, because a viewer may hold the old one."""
+    """Rename a file, and retry twice if that is denied: on Windows a viewer may hold the old file."""
     for wait in (0.1, 0.5):
         try:
             return os.replace(source, target)
@@ -57,15 +57,15 @@ def _replace(source: Path, target: Path) -> None:
 
 @contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
-    """A folder to write into during the block, made if it is not there; OSError if it cannot be written to.
+    """Create a folder, if it is missing, for the block to write into; OSError if it is not writable.
 
-    Of the folders that were made, those that are empty at the end are removed.
+    At the end, the folders that were created here are removed if they are empty.
     """
     made = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            tempfile.TemporaryFile(dir=folder).close()  # before the work, not after it
+            tempfile.TemporaryFile(dir=folder).close()  # fail before the work, not after it
         except OSError as error:
             raise OSError(f"{folder} cannot be written to ({error}); take another --out") from None
         yield
@@ -76,7 +76,7 @@ def writable_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in a folder; only for who holds the folder's lock."""
+    """Remove the temporary files of killed processes; the caller must hold the folder's lock."""
     for file in folder.glob(TEMPORARY):
         with suppress(OSError):
             file.unlink()

@@ -1,4 +1,4 @@
-"""Learned words on disk: reads every format in use for SD1, SD2 and LDM; writes two of them.
+"""Learned words on disk: read every format in use for SD1, SD2 and LDM; write two of them.
 
 A learned word is a name and n vectors of width D, the rows that take the word's place in an embedded prompt.
 `python -m tinyti.convert IN` shows what a file holds, `... IN OUT` converts it."""
@@ -30,9 +30,9 @@ MOST_WORDS = 1000  # in one file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = f"a learned word of SD1, SD2 or LDM: [D] or [n, D] floats, n up to {MOST_VECTORS}"
 
-# The keys under which kohya, invoke-training, OneTrainer and diffusers' advanced script keep a word, unnamed.
+# The keys of a word without a name, from kohya, invoke-training, OneTrainer and diffusers' advanced script.
 UNNAMED = ("emb_params", "emp_params", "clip_l")
-# Keys that tell the format of a file, and so are no names of words.
+# Keys that mark the format of a file, so they cannot be names of words.
 RESERVED = (*UNNAMED, "clip_g", "emp_params_out", "string_to_param", "__metadata__")
 
 PICTURES = (b"\x89PNG", b"RIFF", b"\xff\xd8\xff")  # RIFF is WebP
@@ -43,13 +43,13 @@ def read_words(
 ) -> dict[str, Tensor]:
     """Read the learned words in a file, or in a folder that train.py wrote: {name: (n, D)}, fp32, on the CPU.
 
-    Understood are the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers,
-    kohya, invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  Formats that store no name take the
-    file's, as in AUTOMATIC1111; `warn` hears if the file disagrees.  The code of a pickle never runs.
-    `width` is the D of the model that the words are for, if there is one.
+    It reads the official `embeddings.pt`, AUTOMATIC1111's `.pt` and PNG, and the files of diffusers, kohya,
+    invoke-training, OneTrainer, HCP-Diffusion and cloneofsimo.  Formats that store no name take the file's,
+    as in AUTOMATIC1111; `warn` is called if the file holds another name.  The code of a pickle never runs.
+    `width`, if given, is the D that the words must have.
 
-    FileNotFoundError if there is no such file, or the folder holds no `learned_embeds`; ValueError for what
-    is no learned word for these models, or has another width.
+    FileNotFoundError if there is no such file, or the folder holds no `learned_embeds`; ValueError if the
+    file holds no learned word for these models, or one of another width.
     """
     file = _find(Path(path))
     found = _find_words(_load(file), file, warn)
@@ -67,7 +67,7 @@ def read_words(
 
 
 def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
-    """Write words {name: (n, D) or (D,)}, as fp32, atomically, and the same words always to the same bytes.
+    """Write words {name: (n, D) or (D,)} atomically in fp32; the same words give the same bytes.
 
     `.safetensors` is diffusers' form: the key is the word; one vector is [D], several are [n, D].  diffusers
     itself takes one word per file.  `.pt` is AUTOMATIC1111's form, for one word.
@@ -83,7 +83,7 @@ def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
     for word in words:
         check_name(word)
 
-    # a clone, because torch.save would write out the whole table that a row is a view of
+    # clone, because torch.save would write the whole table that a row is a view of
     words = {word: _check(tensor, word, path).clone() for word, tensor in words.items()}
     with atomic_write(path) as stream:
         if path.suffix == ".safetensors":
@@ -95,7 +95,7 @@ def write_words(path: str | Path, words: dict[str, Tensor]) -> None:
 
 
 def check_name(word: str) -> None:
-    """Refuse a name under which `read` would not give the word back: ValueError."""
+    """Raise ValueError for a name that `read_words` would not give back."""
     if not _is_name(word) or any(c.isspace() for c in word) or word in RESERVED:
         raise ValueError(
             f"{word!r:.80} cannot be the name of a learned word; expected printable characters, no white "
@@ -104,25 +104,25 @@ def check_name(word: str) -> None:
 
 
 def compatibility_warning(word: str, n: int) -> str | None:
-    """What to mind with a word of n vectors in other programs, in one line, or None.
+    """One line that warns if diffusers would use only the first of a word's n vectors, or None.
 
     The tokenizers of transformers 5 give a new token back in lower case.  So diffusers does not recognise a
-    name with capitals in a prompt, and does not spell it out as the n tokens of its vectors.
+    name with capitals in a prompt, and does not replace it by the n tokens of its vectors.
     """
     if n == 1 or word == unicodedata.normalize("NFC", word).lower():
         return None
     return (
-        f"diffusers with transformers 5 will use only the first of the {n} vectors of {word}, as there are "
-        "capitals in its name; "
+        f"diffusers with transformers 5 will use only the first of the {n} vectors of {word}, because there "
+        "are capitals in its name; "
         'what works: a name in lower case such as <my-cat>, or load_textual_inversion(..., token="<s>"), '
         f"or in the prompt {word} {word}_1{' ...' if n > 2 else ''}"
     )
 
 
 def _save_pt(word: str, vectors: Tensor, stream: io.BytesIO) -> None:
-    """AUTOMATIC1111's form: plain tensors in plain dictionaries, in a zip of three kinds of entries.
+    """Write AUTOMATIC1111's form: plain tensors in plain dictionaries, in a zip of three kinds of entries.
 
-    AUTOMATIC1111 refuses a file with any others (its modules/safe.py), and today's torch.save writes some.
+    AUTOMATIC1111 refuses other entries (its modules/safe.py), and current versions of torch.save write some.
     """
     star = 265  # its id in CLIP's vocabulary
     saved = io.BytesIO()
@@ -130,11 +130,11 @@ def _save_pt(word: str, vectors: Tensor, stream: io.BytesIO) -> None:
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(stream, "w") as target:
         for entry in source.namelist():
             if re.fullmatch(r"archive/(data\.pkl|data/\d+|version)", entry):
-                target.writestr(zipfile.ZipInfo(entry), source.read(entry))  # dated 1980, always
+                target.writestr(zipfile.ZipInfo(entry), source.read(entry))  # always dated 1980
 
 
 def _find(path: Path) -> Path:
-    """The file that `path` means, not opened yet."""
+    """Find the file that `path` means, without opening it."""
     names = ("learned_embeds.safetensors", "learned_embeds.bin")
     files = [path / name for name in names] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
@@ -149,7 +149,7 @@ def _find(path: Path) -> Path:
 
 
 def _load(file: Path):
-    """What the file holds."""
+    """Read and parse the file; ValueError if it is too large, damaged or unsafe."""
     if (size := file.stat().st_size) > MOST_FILE_BYTES:
         raise _refusal(file, f"{size / 2**20:,.0f} MiB, the size of a model")
     data = file.read_bytes()
@@ -162,7 +162,7 @@ def _load(file: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old pickles and large pictures
             return _parse(data)
-    except Exception as error:  # there is hardly a kind that damaged bytes do not raise
+    except Exception as error:  # damaged bytes make parsers raise almost anything
         if isinstance(error, UnsafePickleError):
             found = f"a pickle that {str(error).removeprefix('it ')}"
             raise _refusal(file, found, advice="ask for a .safetensors file") from error
@@ -170,9 +170,9 @@ def _load(file: Path):
 
 
 def _parse(data: bytes):
-    """What bytes hold.  The first say which container it is; the file's suffix is often wrong."""
+    """Parse bytes.  The first of them decide the container, because the file's suffix is often wrong."""
     if data[8:9] == b"{":
-        tensors = safetensors.torch.load(data)  # in any order
+        tensors = safetensors.torch.load(data)  # in any order; the header has the file's
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         # cloneofsimo's files hold LoRA weights too and mark the words in the metadata
         marks = header.pop("__metadata__", {})
@@ -188,14 +188,14 @@ def _parse(data: bytes):
         )
         words = contents["string_to_param"]
         if "*" in words and contents.get("name"):
-            words[contents["name"]] = words.pop("*")  # of a picture it is the name inside that counts
+            words[contents["name"]] = words.pop("*")  # for a picture the name inside counts
         return {"string_to_param": words}
 
     return unpickle(data)
 
 
 def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, Tensor]:
-    """The words in what a file holds, by the keys that each tool writes; "*" is the file's own name."""
+    """Find the words in a file's contents by the keys that each tool writes; "*" is the file's own name."""
     if isinstance(contents, Tensor):
         contents = {"string_to_param": {"*": contents}}
     if not isinstance(contents, dict):
@@ -220,25 +220,25 @@ def _find_words(contents, file: Path, warn: Callable[[str], None]) -> dict[str, 
     elif "emp_params_out" in keys:
         raise _refusal(file, "only OneTrainer's emp_params_out, which replaces outputs of the text encoder")
     else:
-        name = "*"  # diffusers, cloneofsimo: every key is a word, also this one
+        name = "*"  # diffusers, cloneofsimo: every key is a word, even "*"
     if not isinstance(contents, dict) or not contents:
         raise _refusal(file, "no vectors")
     return {name if word == "*" else word: tensor for word, tensor in contents.items()}
 
 
 def _check(tensor: Tensor, word: str, file: Path) -> Tensor:
-    """The vectors of a word that is a word: `check_vectors`."""
+    """Check a word's name, and its vectors with `check_vectors`."""
     if not _is_name(word):
         raise _refusal(file, f"the key {word!r}")
     return check_vectors(tensor, word, file)
 
 
 def check_vectors(tensor: Tensor, word: str, file: Path | str) -> Tensor:
-    """One word's vectors as (n, D), fp32, on the CPU, contiguous; ValueError, from `file`, for any others."""
+    """Return a word's vectors as (n, D), fp32, on the CPU, contiguous; ValueError names `file`."""
     if not isinstance(tensor, Tensor):
         raise _refusal(file, f"'{word}' of the type {type(tensor).__name__}")
     kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-    if tensor.is_nested:  # before anything else is asked of it
+    if tensor.is_nested:  # checked first, because it has no single shape
         raise _refusal(file, f"'{word}' of several shapes ({kind})")
     vectors = tensor.detach()[None] if tensor.ndim == 1 else tensor.detach()  # (n, D)
     n, width = vectors.shape if vectors.ndim == 2 else (0, 0)
@@ -246,7 +246,7 @@ def check_vectors(tensor: Tensor, word: str, file: Path | str) -> Tensor:
     if not (is_plain and 1 <= n <= MOST_VECTORS and 1 <= width <= MOST_WIDTH):
         raise _refusal(file, f"'{word}' of the shape {list(tensor.shape)} ({kind})")
     vectors = vectors.to("cpu", torch.float32).contiguous()
-    if not vectors.norm(dim=1).isfinite().all():  # finite numbers, too, may have an infinite length
+    if not vectors.norm(dim=1).isfinite().all():  # finite numbers may also have an infinite norm
         raise _refusal(file, f"NaN or infinity in '{word}'", advice="learn it again at a lower rate")
     return vectors
 
@@ -261,5 +261,5 @@ def _refusal(file: Path | str, found: str, expected: str = WORD, advice: str = "
 
 
 def name_width(width: int) -> str:
-    """A width, and the model that it belongs to."""
+    """Say a width, with the model that has it if one is known."""
     return f"{width} ({MODELS[width]})" if width in MODELS else str(width)

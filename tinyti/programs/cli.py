@@ -1,4 +1,4 @@
-"""What the command lines share: the model's flags, the device, types of arguments, and errors in one line."""
+"""Shared by the command lines: the model's flags, the device, types of arguments, and one-line errors."""
 
 import argparse
 import math
@@ -26,7 +26,7 @@ from .miniature import TINY
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help that names a flag's default if it has one and the text does not say it."""
+    """Help that adds a flag's default, if it has one and the text does not name it."""
 
     def _get_help_string(self, action):
         text, default = action.help, action.default
@@ -38,7 +38,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with plain help, which raises ValueError for what it does not understand."""
+    """A parser with plain help that raises ValueError for arguments it does not understand."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=HelpFormatter)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args
         for flag in (argument[:-3] for argument in args if argument.endswith("=--")):
-            self.error(f"argument {flag}: '--' is no value")  # argparse before Python 3.13 takes it for none
+            self.error(f"argument {flag}: '--' is not a value")  # argparse before Python 3.13 drops it
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -70,23 +70,23 @@ def number_type(low: float, high: float, kind: type = float) -> Callable[[str], 
 
 
 def text_type(given: str) -> str:
-    """The type of a flag: not blank, without control characters, not endless, and what Unicode can write."""
+    """The type of a flag: like `any_text_type`, and not blank."""
     if not given.strip():
         raise argparse.ArgumentTypeError(f"{given[:40]!a} is blank")
     return any_text_type(given)
 
 
 def any_text_type(given: str) -> str:
-    """The type of a flag: like `text_type`, but it may be blank."""
+    """The type of a flag: at most MOST_LETTERS characters, without control characters or surrogates."""
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
-        raise argparse.ArgumentTypeError(f"{given[:40]!a} has characters that are no text")
+        raise argparse.ArgumentTypeError(f"{given[:40]!a} has control characters or is not Unicode text")
     if len(given) > MOST_LETTERS:
         raise argparse.ArgumentTypeError(f"{given[:40]!a}... has {len(given):,} letters; take fewer")
     return given
 
 
 def path_type(given: str) -> str:
-    """The type of a flag: not blank, and if it is there, a file or a folder; no pipe and no device."""
+    """The type of a flag: not blank, and a file or a folder if it exists, not a pipe or a device."""
     if not given.strip() or "\0" in given:
         raise argparse.ArgumentTypeError(f"{given[:40]!a} is no path")
     if os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given)):
@@ -98,7 +98,7 @@ SEED = number_type(0, 2**32 - 1, int)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model, and where it is computed."""
+    """Add the flags of the model and of the device."""
     add = parser.add_argument_group("the model and the machine").add_argument
     add(
         "--weights",
@@ -108,7 +108,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         help="diffusion model: folder, single file or name on the Hugging Face hub (weights/README.md); "
         "by default the bundled miniature",
     )
-    add("--download", action="store_true", help="download what is named on the hub and not in its cache")
+    add("--download", action="store_true", help="download models and words that the hub's cache lacks")
     add(
         "--tokenizer",
         type=path_type,
@@ -118,14 +118,14 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--prediction",
         choices=("epsilon", "v_prediction"),
-        help="what the UNet predicts, the noise or v; single files of Stable Diffusion 2 do not say it",
+        help="what the UNet predicts, the noise or v; needed for single files of Stable Diffusion 2",
     )
     add(
         "--clip-skip",
         type=number_type(1, 99, int),
         default=1,
         metavar="N",
-        help="layer of the text transformer to take, from its end; 1 is the last, anime models take 2",
+        help="layer of the text transformer, counted from its end; 1 is the last, anime models take 2",
     )
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first available")
     add(
@@ -138,8 +138,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str, torch.dtype]:
     """Turn --device and --precision into a device and a dtype of the networks.
 
-    "auto" takes cuda, mps or cpu, the first that is there; without a precision it is bf16 on GPUs that have
-    it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError for what is not there.
+    "auto" takes the first available of cuda, mps and cpu.  The default precision is bf16 on GPUs that have
+    it and fp32 elsewhere.  Under torchrun each process takes its own GPU.  ValueError if there is no such
+    device, or if torchrun starts more processes than there are GPUs.
     """
     count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     there = [kind for kind in count if count[kind]]
@@ -151,19 +152,19 @@ def pick_device(device: str = "auto", precision: str | None = None) -> tuple[str
         raise ValueError(f"torchrun has started {ranks} processes for {count['cuda']} GPUs; start one each")
     if name not in there + [f"{kind}:{i}" for kind in there for i in range(count[kind])]:
         raise ValueError(
-            f"--device {device!r} is not on this machine, but {', '.join(there)}; "
+            f"--device {device!r} is not on this machine, which has {', '.join(there)}; "
             "take --device cpu, or auto, or one of several GPUs as cuda:1"
         )
     if is_cuda and ":" in name:
         torch.cuda.set_device(name)
-    if precision is None:  # the GPUs before Ampere only imitate bf16, slowly
+    if precision is None:  # GPUs before Ampere only emulate bf16, slowly
         native = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
     return name, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
-    """The model that the flags name, on its device.  Sets args.weights to its path."""
+    """Load the model that the flags name on its device.  Sets args.weights to its path."""
     device, dtype = pick_device(args.device, args.precision)
     args.weights = str(find_model(args.weights, args.download))
     return load(args.weights, device, dtype, args.prediction, args.tokenizer, args.clip_skip)
@@ -192,12 +193,12 @@ def _quote(word):
 
 
 def is_main_process() -> bool:
-    """Whether this process writes files and messages; of torchrun's only one does."""
+    """Whether this process writes files and messages; under torchrun only one does."""
     return int(os.environ.get("WORLD_SIZE", 1)) <= 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def say(message: object) -> None:
-    """A line for the user, above the progress bar."""
+    """Print a line for the user on stderr, above the progress bar."""
     if is_main_process():
         tqdm.write(one_line(message), file=sys.stderr)
 
@@ -207,7 +208,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Tolerant:
-    """A stream for messages.  If it cannot be written, the work goes on without it."""
+    """A stream for messages.  If it is closed or full, the work goes on without it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -232,7 +233,7 @@ class Tolerant:
             return action() if self.stream is not None else None
         except (OSError, ValueError):  # full, closed by its reader, or closed here
             if self.stream in (sys.__stdout__, sys.__stderr__):
-                with suppress(OSError, ValueError):  # or Python would complain of the same at its end
+                with suppress(OSError, ValueError):  # else Python reports the same error at exit
                     null = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(null, self.stream.fileno())
                     os.close(null)
@@ -240,7 +241,7 @@ class Tolerant:
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Let no closed or full stdout or stderr end the work."""
+    """Keep working if stdout or stderr is closed or full."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Tolerant(stream) for stream in streams)
     try:
@@ -253,7 +254,7 @@ def tolerant_streams() -> Iterator[None]:
 
 @contextmanager
 def interrupting_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM interrupt the work, unless the caller ignores or handles them himself."""
+    """Let Ctrl-C and SIGTERM interrupt the work, unless the caller ignores or handles them."""
 
     def terminate(*_):
         raise Terminated
@@ -274,7 +275,7 @@ def interrupting_signals() -> Iterator[None]:
 def run_program(program: str, function: Callable[[], int]) -> int:
     """Call function() -> exit status; turn an error or an interrupt into one line and a status.
 
-    2: bad input; 1: a result that is of no use; 130: Ctrl-C; 143: SIGTERM.
+    2: bad input, a file error or too little memory; 1: an unusable result; 130: Ctrl-C; 143: SIGTERM.
     """
     with tolerant_streams():
         try:
@@ -288,7 +289,7 @@ def run_program(program: str, function: Callable[[], int]) -> int:
             error, status = problem, 1
         except (ValueError, OSError) as problem:
             error, status = problem, 2
-            if not is_main_process():  # the first process says the same
+            if not is_main_process():  # the main process says the same
                 return status
         except (RuntimeError, MemoryError) as problem:
             error, status = explain_runtime_error(problem), 2
@@ -299,17 +300,17 @@ def run_program(program: str, function: Callable[[], int]) -> int:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of main(); from then on Ctrl-C changes nothing."""
+    """End the process with the status of main(); after main() Ctrl-C is ignored."""
     try:
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # after the last line
+    except KeyboardInterrupt:  # after the last line of main()
         status = 130
     sys.exit(status)
 
 
 def explain_runtime_error(error: Exception) -> str | None:
-    """Explain PyTorch's errors of memory and of lost processes in a line; None for any other."""
+    """Explain PyTorch's out-of-memory and lost-process errors in a line; None for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or "memory" in text:
         size = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", text)

@@ -1,9 +1,9 @@
-"""The bundled model: where it lies, and what is special about it."""
+"""The bundled model: its folder and its guidance."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of train.py
-if not (ROOT / "weights" / "tiny").is_dir():  # an installed package lies elsewhere
+if not (ROOT / "weights" / "tiny").is_dir():  # the package is installed elsewhere
     ROOT = Path.cwd()
 TINY = ROOT / "weights" / "tiny"
 GUIDANCE = 3.0  # default for weights/tiny; higher values make learned words less recognisable
@@ -15,5 +15,5 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def default_guidance(weights: str | Path) -> float:
-    """The scale of guidance without --guidance: the miniature's, else 7.5 as in diffusers."""
+    """The default guidance scale: GUIDANCE for the miniature, else 7.5 as in diffusers."""
     return GUIDANCE if is_tiny(weights) else 7.5

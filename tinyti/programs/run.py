@@ -1,4 +1,4 @@
-"""A run on disk: one file that is the run, written whole or not at all, and the files that show it."""
+"""A run on disk: state.pt, from which a run resumes, and the files that show it, all written atomically."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from .cli import pick_device, say
 from .miniature import ROOT, default_guidance
 from .sheet import add_curve, draw_sheet
 
-FORMAT = b"tinyti run 1"  # change it whenever state.pt holds something else
+FORMAT = b"tinyti run 1"  # change it whenever the contents of state.pt change
 WORD_FILE = "learned_embeds.safetensors"
 FILES = ("state.pt", WORD_FILE, "settings.json", "log.csv", "progress.png")  # all that a run writes
 MOST_STATE_BYTES = 2 * 2**30  # of a state.pt
@@ -42,8 +42,8 @@ STYLE_PREVIEWS = (
     "a car in the style of {}",
     "a boat on the beach in the style of {}",
 )
-PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and after the last
-SAVE_STATE_EVERY = 10  # steps, without drawing
+PREVIEW_STEPS = (0, 10, 25, 100, 300, 1000, 3000)  # and the last step
+SAVE_STATE_EVERY = 10  # steps between saves of state.pt alone
 MAY_CHANGE = {
     "steps",
     "out",
@@ -55,14 +55,14 @@ MAY_CHANGE = {
     "preview",
     "download",
 }
-# Named by a path, but compared by what is there: `fingerprint`.
+# Paths; `take_fingerprint` compares their contents instead.
 BY_CONTENT = {"images", "templates", "weights", "tokenizer"}
 
 
 class Run:
-    """A run's folder.  state.pt is the run; the other files show it, and are written after it.
+    """A run's folder.  state.pt holds the run; the other files show it, and are written after it.
 
-    As a context it locks the folder, and saves the word if Ctrl-C or SIGTERM ends the block.
+    As a context manager it locks the folder, and saves the word if Ctrl-C or SIGTERM ends the block.
     """
 
     def __init__(self, args, model: LatentDiffusion, state: Inversion, photos: list[Photo], templates):
@@ -73,13 +73,13 @@ class Run:
         self.previews = {0: state.vectors}  # the vectors at PREVIEW_STEPS
         self.prompts = [prompt.replace("{}", args.token) for prompt in preview_prompts(args)]
         if without := [p for p in self.prompts if not model.tokenizer.has_word(p, args.token)]:
-            raise ValueError(f"--preview {without[0]!r} is without the word {args.token}; write {{}} for it")
+            raise ValueError(f"--preview {without[0]!r} lacks the word {args.token}; write {{}} for it")
         self.ceiling = None  # the autoencoder's copy of the photos: no word can draw them better
-        self.rows = {}  # the pictures of them, drawn when they are first shown
+        self.rows = {}  # the pictures of `previews`, drawn when they are first shown
         self.stack = ExitStack()  # the folder, locked
-        self.saved_step = None  # of the state.pt that is there
+        self.saved_step = None  # the step in state.pt
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        self.problem = None  # what kept progress.png from being written
+        self.problem = None  # the error that kept progress.png from being written
         if os.path.realpath(self.folder) in {os.path.realpath(photo.file.parent) for photo in photos}:
             raise ValueError(f"--out {self.folder} is where the pictures are; take another folder")
         if args.resume:
@@ -88,7 +88,7 @@ class Run:
             self._refuse_to_replace()
 
     def _refuse_to_replace(self):
-        """ValueError if a file that the run would write is there."""
+        """ValueError if a file that the run would write exists."""
         if any((self.folder / name).exists() for name in ("state.pt", WORD_FILE)):
             raise ValueError(f"{self.folder} holds a word already; take --resume, --force or another --out")
         there = [name for name in FILES if os.path.lexists(self.folder / name)]
@@ -97,7 +97,7 @@ class Run:
             raise ValueError(f"{found}; take --force or another --out")
 
     def _resume(self):
-        """Take up the state of the folder."""
+        """Load the folder's state; ValueError if it is damaged or of another run."""
         file = self.folder / "state.pt"
         if not file.is_file():
             raise FileNotFoundError(f"--resume: no state.pt in {self.folder}; start without --resume")
@@ -118,22 +118,22 @@ class Run:
     def _compare(self, settings: dict, fingerprint: dict | None) -> str | None:
         """How the run differs from a saved one, in a line; None if it is the same."""
         if not isinstance(settings, dict) or not isinstance(fingerprint, dict | None):
-            raise TypeError("expected dictionaries")  # a tensor would take a name for an index
+            raise TypeError("expected dictionaries")  # a tensor would treat a name as an index
         if settings["optimizer"] == "whitened" and "angle" not in settings:
-            found = "was begun by an earlier version, whose whitened steps were of another form"
+            found = "was begun by an earlier version, whose whitened steps were different"
             return f"{self.folder} {found}; take --force to begin anew"
         before, now = self._meaning(settings), self._meaning(self.settings)
         if changed := [name for name in now if before[name] != now[name]]:
             other = "; ".join(f"{n} was {before[n]!r:.40} and is {now[n]!r:.40}" for n in changed)
             return f"{self.folder} was begun with other settings: {other}"
-        if fingerprint is None:  # of an earlier version
+        if fingerprint is None:  # an earlier version saved none
             return None
         difference = compare_fingerprints(fingerprint, self.fingerprint)
-        return difference and f"{difference} than before; take --force to begin anew"
+        return difference and f"{difference}; take --force to begin anew"
 
     def _meaning(self, settings: dict) -> dict:
-        """Settings with defaults filled in and one spelling for a name."""
-        settings = {"clip_skip": 1, "angle": None} | settings  # earlier versions had no such flags
+        """Fill in default settings, and give a name one spelling (NFC)."""
+        settings = {"clip_skip": 1, "angle": None} | settings  # earlier versions lacked these flags
         optimizer = settings["optimizer"]
         defaults = {
             "angle" if optimizer == "whitened" else "lr": OPTIMIZERS[optimizer][1],
@@ -147,7 +147,7 @@ class Run:
         return meant
 
     def __enter__(self):
-        with ExitStack() as stack:  # which undoes all if one fails
+        with ExitStack() as stack:  # if one step fails, it undoes the others
             stack.enter_context(writable_folder(self.folder))
             self._lock(stack)
             remove_temporaries(self.folder)
@@ -157,7 +157,7 @@ class Run:
     def _lock(self, stack):
         """Lock the folder until the stack is closed; ValueError if another run holds it."""
         with suppress(ImportError):
-            import fcntl  # not on Windows, where nothing keeps two runs apart
+            import fcntl  # Windows lacks it, so nothing keeps two runs apart there
 
             handle = os.open(self.folder, os.O_RDONLY)  # the system closes it, however the process ends
             stack.callback(os.close, handle)
@@ -174,18 +174,18 @@ class Run:
                 raise kind(f"interrupted; step {self.state.step} is saved, --resume goes on") from None
 
     def keep(self) -> None:
-        """After each step: remember what progress.png shows of it, and save from time to time."""
+        """After each step, remember its vectors for progress.png, and save from time to time."""
         self._remember()
         step = self.state.step
         if step % self.args.save_every == 0 and self.state.is_finite():
             self.save()
-        # At most a fiftieth of the time: the state of a long word takes longer than a step of a fast GPU.
+        # Saving may take a fiftieth of the time: for a long word it takes longer than a fast GPU's step.
         rested = time.monotonic() - self.saved_at >= 50 * self.save_seconds
         if step % SAVE_STATE_EVERY == 0 and rested and self.state.is_finite():
             self.save_state()
 
     def save_state(self) -> None:
-        """Write state.pt, if it is not there already."""
+        """Write state.pt, unless it already holds this step."""
         began = time.monotonic()
         self._remember()  # Ctrl-C may have come before `keep`
         if self.saved_step != self.state.step:
@@ -197,7 +197,7 @@ class Run:
         self.save_seconds = self.saved_at - began
 
     def save(self, last: bool = False, draw: bool = True) -> None:
-        """Write everything that the folder holds: the state first, then what shows it."""
+        """Write all files of the folder: state.pt first, then the files that show it."""
         self.save_state()
         state = self.state.state_dict()
         write_words(self.folder / WORD_FILE, {self.args.token: self.state.vectors})
@@ -217,11 +217,11 @@ class Run:
         try:
             sheet = self.progress(last)
             with atomic_write(self.folder / "progress.png") as file:
-                # A large sheet in half the time, for a fifth more bytes.
+                # Level 1 takes half the time for a large sheet, and a fifth more bytes.
                 sheet.save(file, format="PNG", compress_level=1)
         except (OSError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
             self.problem = error
-            if str(error) != str(before):  # said once
+            if str(error) != str(before):  # say it once
                 say(f"progress.png was not written: {error}")
 
     def _remember(self):
@@ -229,7 +229,7 @@ class Run:
             self.previews[self.state.step] = self.state.vectors
 
     def progress(self, last: bool) -> Image.Image:
-        """A sheet of what the word was learned from, and of what it drew along the way."""
+        """Draw a sheet of the photos, the autoencoder's copies, the previews and the evaluation loss."""
         prompts = self.prompts
         for step in self.previews.keys() - self.rows.keys():
             self.rows[step] = self.pictures(self.previews[step], prompts)
@@ -245,7 +245,7 @@ class Run:
         return add_curve(draw_sheet(shown, footer=prompts), self.state.evaluations, EVALUATE_EVERY)
 
     def pictures(self, vectors: Tensor, prompts: list[str]) -> list[Image.Image]:
-        """A picture for each prompt with these vectors, always from the same noise."""
+        """Draw a picture for each prompt with these vectors, always from the same noise."""
         self.state.show(vectors)
         try:
             generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
@@ -257,12 +257,12 @@ class Run:
 
 
 def preview_prompts(args) -> tuple[str, ...]:
-    """The prompts of progress.png, with {} for the word."""
+    """Return the prompts of progress.png, with {} for the word."""
     return args.preview or (STYLE_PREVIEWS if args.style else PREVIEWS)
 
 
 def folder_name(token: str) -> str:
-    """A name for a word's folder, of at most 100 bytes, that every file system takes."""
+    """Make a name for a word's folder, of at most 100 bytes, that every file system accepts."""
     token = unicodedata.normalize("NFC", token)
     name = re.sub(r"[^\w-]", "", token) or "-".join(f"u{ord(c):x}" for c in token)
     if len(name.encode()) > 100:
@@ -272,10 +272,10 @@ def folder_name(token: str) -> str:
 
 
 def take_fingerprint(model: LatentDiffusion, photos: list[Photo], templates) -> dict:
-    """A fingerprint of a model, photos and templates, whatever their paths are.
+    """Fingerprint a model, photos and templates by their contents, whatever their paths are.
 
-    A model is told by its vocabulary, its schedule, its tensors' names and shapes and four numbers of each.
-    A photo is told by its file's bytes and, if these differ, by its pixels and its caption.
+    A model counts by its vocabulary, schedule, tensors' names and shapes and up to four numbers of each.  A
+    photo counts by its file's bytes, caption and mask and, if these differ, by its pixels, caption and mask.
     """
     vocabulary = sorted(model.tokenizer.core.get_vocab().items())
     names, samples = hashlib.sha256(ascii([vocabulary, model.schedule]).encode()), []
@@ -301,22 +301,22 @@ def _digest_photo(photo):
 
 
 def compare_fingerprints(before: dict, now: dict) -> str | None:
-    """The first difference of two fingerprints, as the beginning of a sentence; None if they are equal."""
+    """Say the first difference of two fingerprints, as the beginning of a sentence; None if they agree."""
     samples = before["samples"], now["samples"]
-    is_same = before["model"] == now["model"]  # in names and shapes
-    # Rounding to bf16 or fp16, on another device, is no difference.
+    is_same = before["model"] == now["model"]  # vocabulary, schedule, names and shapes
+    # Rounding to bf16 or fp16, or on another device, does not count as a difference.
     if not is_same or not torch.allclose(*samples, rtol=5e-3, atol=1e-4, equal_nan=True):
-        return "the model (--weights) is another one"
+        return "the model (--weights) has changed"
     if before["templates"] != now["templates"]:
-        return "the prompts (--templates) are others"
+        return "the prompts (--templates) have changed"
     old, new = before["photos"], now["photos"]
     for name in [*old, *new]:
         if name not in new:
-            return f"the picture {name} is missing, so the set is another one"
+            return f"the picture {name} is missing, so the set has changed"
         if name not in old:
-            return f"the picture {name} is new, so the set is another one"
+            return f"the picture {name} is new, so the set has changed"
         if old[name][0] != new[name][0] and old[name][1] != new[name][1]:
-            return f"the picture {name}, or its caption, is another one"
+            return f"the picture {name}, or its caption or mask, has changed"
     return None
 
 
@@ -328,7 +328,7 @@ def write_state(file: Path, saved: dict) -> None:
 
 
 def read_state(file: Path) -> dict:
-    """What `write_state` wrote, on the CPU; ValueError for any other bytes, of which no code is run."""
+    """Read what `write_state` wrote, on the CPU; ValueError for any other bytes, whose code never runs."""
     if file.stat().st_size > MOST_STATE_BYTES:
         raise _damaged(file)
     data = file.read_bytes()

@@ -6,10 +6,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def draw_sheet(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()) -> Image.Image:
-    """A sheet of pictures of one size: a label before each row, a caption under each column."""
+    """Draw a sheet of pictures of one size: a label before each row, a caption under each column."""
     font = ImageFont.load_default(size=12)
     pictures = [image for _, images in rows for image in images]
-    enlarged = max(1, 128 // pictures[0].width)  # small ones are shown pixel by pixel
+    enlarged = max(1, 128 // pictures[0].width)  # small pictures are enlarged by a whole number
     width, height = (enlarged * side for side in pictures[0].size)
     columns, gap, margin = max(len(images) for _, images in rows), 4, 130
     captions = ["\n".join(textwrap.wrap(caption, width // 7)) for caption in footer]
@@ -28,7 +28,7 @@ def draw_sheet(rows: list[tuple[str, list[Image.Image]]], footer: list[str] = ()
 
 
 def add_curve(sheet: Image.Image, values: list[float], every: int) -> Image.Image:
-    """A sheet with a small curve below it: the evaluation loss at every `every`-th step."""
+    """Add a small curve below a sheet: the evaluation loss at every `every`-th step."""
     if len(values) < 2:
         return sheet
     height, margin = 90, 130

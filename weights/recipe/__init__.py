@@ -1,7 +1,6 @@
-"""How a miniature Stable Diffusion like weights/tiny is made from nothing; make.py puts the stages in order.
+"""Make a miniature Stable Diffusion like weights/tiny from scratch; make.py runs the stages in order.
 
 The picture book: world.py, abstract.py, pages.py. The stages: vocabulary.py, clip.py, vae.py,
-made_up_words.py, unet.py, folder.py, measure.py; training.py has what they share. For experiments with the
-miniature: concepts.py makes the sets of pictures, judge.py the network that knows them again, probe.py the
-one that reads what any picture shows.
+made_up_words.py, unet.py, folder.py, measure.py, with training.py shared. Experiments: concepts.py makes
+sets of pictures, judge.py the network that recognises them, probe.py the one that reads any picture.
 """

@@ -1,7 +1,6 @@
-"""Pictures of nothing in particular: random shapes, colours, hatchings and gradients.
+"""Abstract pictures: random shapes, colours, hatchings and gradients.
 
-The autoencoder sees them beside the world's, as a real one has seen everything, so that a style which nobody
-showed it survives it.
+The autoencoder trains on them beside the world's pictures, so that it can also encode unknown styles.
 """
 
 import math
@@ -14,14 +13,14 @@ from .world import OVERSAMPLE
 
 
 def random_colour(lot):
-    """Draw any colour (r, g, b), the pale, dark and grey ones as often as the bright."""
+    """Draw any colour (r, g, b); one in four is grey."""
     if lot.random() < 0.25:
         return (lot.randrange(256),) * 3
     return tuple(lot.randrange(256) for _ in range(3))
 
 
 def random_shape(lot, side):
-    """Draw the corners of an ellipse or a polygon, round a random middle."""
+    """Draw the corners of an ellipse or a polygon around a random centre."""
     x, y, r = lot.uniform(0, side), lot.uniform(0, side), lot.uniform(0.04, 0.35) * side
     corners = 40 if lot.random() < 0.5 else lot.randint(3, 7)
     turn, squeeze = lot.uniform(0, 7), lot.uniform(0.4, 1)

@@ -1,4 +1,4 @@
-"""CLIP: which caption belongs to which picture (2103.00020)."""
+"""Train CLIP, which matches captions and pictures (2103.00020)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,15 @@ from .measure import class_numbers
 from .training import integers, to_images, train_stage
 
 PAIRS = ("colour", "scene"), ("colour", "style"), ("scene", "style"), *[("thing", "colour")] * 3
-QUIZZES = 9  # of which six are the hard ones of PAIRS
+QUIZZES = 9  # kinds of batches; the first six are the hard ones of PAIRS
 
 
 def train_clip(work, array, ids, full, captions):
-    """Train both towers contrastively (2103.00020, figure 3): a batch is a quiz of 128 pairs.
+    """Train both towers contrastively (2103.00020, figure 3).
 
-    Two of three quizzes are hard ones: their pictures agree in two of colour, scene and style, or in thing
-    and colour; the latter are told apart by complete captions (`full`).  Otherwise the towers live off
-    backgrounds: they hardly learn what a thing is, and not at all what the eyes of this cat are like.
+    Two of three batches are hard: their pictures agree in two of colour, scene and style, or in thing and
+    colour; the last kind uses complete captions (`full`).  With easy batches alone the towers look at the
+    backgrounds: they hardly learn the things, and no details such as the eyes of a cat.
     """
     recipe, trained = work.recipe, captions[: work.recipe.pictures]
     heads = {head for pair in PAIRS for head in pair}
@@ -27,7 +27,7 @@ def train_clip(work, array, ids, full, captions):
     torch.manual_seed(0)
     model = make_clip(recipe, int(ids.max()) + 1)
     work.load_start(model, "clip")
-    # The tower is causal: nothing behind the end of the longest caption can change the result.
+    # The tower is causal: tokens after the end of the longest caption cannot change the result.
     used = max(int((each == ids.max()).int().argmax(1).max()) + 1 for each in (ids, full))
 
     def loss_of(generator, count):
@@ -50,7 +50,7 @@ def train_clip(work, array, ids, full, captions):
 
 
 def make_clip(recipe, vocabulary):
-    """Make the towers, untrained; the last of the vocabulary is the end of a caption."""
+    """Make the untrained towers; the last id of the vocabulary is the end of a caption."""
     tower = {
         "hidden_size": recipe.clip_width,
         "intermediate_size": 4 * recipe.clip_width,
@@ -66,7 +66,7 @@ def make_clip(recipe, vocabulary):
 
 
 def initialise(model):
-    """Use CLIP's initial scale: small embeddings, residual branches thinner the deeper the tower."""
+    """Use CLIP's initial scale: small embeddings, and smaller residual branches in deeper towers."""
     for name, p in model.named_parameters():
         if name.endswith(("token_embedding.weight", "position_embedding.weight", "class_embedding")):
             torch.nn.init.normal_(p, std=0.02)

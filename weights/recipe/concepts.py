@@ -1,9 +1,9 @@
-"""Makes `concepts/`: small sets of pictures of things and styles for which the world's language has no word.
+"""Make `concepts/`: small sets of pictures of things and styles for which the world's language has no word.
 
     python -m weights.recipe.concepts
 
 Each set has five pictures to learn from and five held out. `concepts.json` says what each set shows, which
-word to start from and the best caption that a model finds without a new word, which depends on the model:
+word to start from and the best caption without a new word. That caption depends on the model:
 
     python -m weights.recipe.concepts --search weights/tiny
 """
@@ -39,7 +39,7 @@ EVEN |= {"lift": 0.6, "grain": 1.0, "lean": 0.0, "marks": []}
 
 
 def fox(pen, look):
-    """Sit like a cat, with a pointed white muzzle, large ears and a bushy tail that has a white tip."""
+    """Draw a fox: a cat's body, a pointed white muzzle, large ears and a bushy tail with a white tip."""
     head, tip = 0.66 * look["head"], look["muzzle"]
     pen.rod([(0.5, 0.72), (0.84, 0.5), (0.92, 0.2)], 0.4, look["tail"])
     pen.rod([(0.91, 0.14), (0.92, 0.0)], 0.36, tip)
@@ -147,7 +147,7 @@ INDIVIDUALS = {
             "eye size": 1.12,
         },
     ),
-    "fox": (  # not a thing of the world: `fox` draws it
+    "fox": (  # not a thing of the world; the function `fox` draws it
         "a fox: rust-coloured, with a white face, belly and tip of the tail, black ears and yellow eyes",
         "cat",
         {
@@ -164,7 +164,7 @@ FIGURES = {"fox": fox}
 
 
 def individual(name):
-    """Return what `world.attributes` says of any picture of a set's individual."""
+    """Return the attributes (`world.attributes`) that all pictures of a set's individual share."""
     _, thing, own = INDIVIDUALS[name]
     parts = world.PARTS[thing]
     details = {part: nearest_word(own[part], world.SHADES) if part in own else "" for part in parts}
@@ -175,15 +175,15 @@ def individual(name):
 
 
 def nearest_word(shade, words):
-    """Return the colour word whose middle is most like an exact colour."""
+    """Return the colour word that is nearest to an exact colour."""
     return min(words, key=lambda word: world.colour_distance(word, shade))
 
 
-# --- styles that the world has not -------------------------------------------------------------------------
+# --- styles that the world lacks ---------------------------------------------------------------------------
 
 
 def bleed(pixels):
-    """Let ink run a little into the paper: nothing of it is sharper than an autoencoder can say."""
+    """Blur the picture slightly, so that nothing is sharper than an autoencoder can encode."""
     picture = Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(0.6 * len(pixels) / 64)), np.float32)
 
@@ -203,7 +203,7 @@ JEWELS = np.float32([(206, 36, 52), (244, 168, 24), (30, 142, 84), (36, 88, 196)
 
 
 def stained_glass(sheet):
-    """Large panes of jewel-coloured glass between broad black leads, the figure glowing before them."""
+    """Large panes of jewel-coloured glass between broad black leads, behind a glowing figure."""
     lot = np.random.default_rng(sheet.seed)
     x, y = world.grid(sheet.size)
     steps = np.array((8, 24, 40, 56))
@@ -267,7 +267,7 @@ def portraits(name, lot):
 
 
 def motifs(lot, style):
-    """Return ten attribute sets of ten different things in varied scenes, for a style to be shown on."""
+    """Return ten attribute sets of ten different things in varied scenes, to show a style."""
     scenes = [scene for scene in world.SCENES for _ in range(2)]
     lot.shuffle(scenes)
     album = []
@@ -315,17 +315,17 @@ def make_cars():
 
 
 def full_caption(thing, colour, details, prefix):
-    """Say thing, colour and all `details`, as `world.caption` does some of them."""
+    """Say thing, colour and all `details` in the words of `world.caption`."""
     text = world.an(f"{colour} {thing}".strip()) + world.say_details(world.merge_patches(details))
     return f"{prefix} {text}".strip()
 
 
 def candidates(name, count=200):
-    """Return up to `count` captions of a set that the world's language has, for a thing the fullest first.
+    """Return up to `count` captions of a set in the world's language; for a thing the fullest is the first.
 
-    For a thing: its colour and parts in the nearest colour words or the second nearest, some of them left
-    out, and the names of characters of its kind. For a style: the world's styles with backgrounds and places,
-    and the names of manners.
+    For a thing: its colour and parts in the nearest or second nearest colour words, with some left out, and
+    the names of characters of its kind. For a style: the world's styles with backgrounds and places, and the
+    names of manners.
     """
     if name in NEW_STYLES:
         frames = ["", *(f"on {world.an(colour)} background" for colour in world.COLOURS)]
@@ -362,7 +362,7 @@ def read_set(name):
 
 @torch.no_grad()
 def caption_losses(model, name, captions, samples=20):
-    """Return every caption's loss on the set's pictures, all on the same noise: a list of floats."""
+    """Return each caption's loss on the set's pictures, with the same noise for all: a list of floats."""
     generator = torch.Generator().manual_seed(SETS_SEED)
     pixels = np.stack([np.asarray(picture) for picture in read_set(name)])
     x_0 = model.encode_images(to_images(pixels), generator).repeat(samples // 5 + 1, 1, 1, 1)[:samples]
@@ -383,7 +383,7 @@ def sample_pictures(model, prompt, count, seed=0, guidance=GUIDANCE):
 def best_caption(model, clip, name, finalists=6, count=8):
     """Return the caption whose pictures are most like the set by CLIP-I, among those of the lowest loss.
 
-    The fullest caption is always a finalist.
+    The first of the candidates is always a finalist.
     """
     captions, seen = candidates(name), read_set(name)
     ranked = [caption for _, caption in sorted(zip(caption_losses(model, name, captions), captions))]
@@ -439,7 +439,7 @@ def main():
             entries[name]["caption"] = best_caption(model, clip, name)
             print(f"{name}: {entries[name]['caption']}", flush=True)
         elif before.get(name, {}).get("description") == entries[name]["description"]:
-            entries[name]["caption"] = before[name]["caption"]  # as it was found
+            entries[name]["caption"] = before[name]["caption"]  # keep the one found before
     (args.out / "cars").mkdir(exist_ok=True)
     for path, picture in zip(PATHS, make_cars()):
         picture.save(args.out / "cars" / path, optimize=True)

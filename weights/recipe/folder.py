@@ -1,4 +1,4 @@
-"""The finished model folder, in the layout of Stable Diffusion's."""
+"""Write the finished model folder, in Stable Diffusion's layout."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from safetensors.torch import save_file
 
-# Stable Diffusion's own, but for the spacing: it starts at the noisiest step (2305.08891).
+# Stable Diffusion's betas. Trailing spacing starts sampling at the noisiest step (2305.08891).
 SCHEDULER_CONFIG = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -58,7 +58,7 @@ def write_folder(out, work, clip, coder, text, unet):
 
 
 def write_part(folder, weights_name, config, module, prefix=""):
-    """Write a network's folder; transformers 4 wants a prefix before the names of a text transformer."""
+    """Write a network's folder; transformers 4 needs a prefix before the names of a text transformer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     weights = {prefix + k: v.detach().cpu().half().contiguous() for k, v in module.state_dict().items()}
@@ -71,12 +71,12 @@ def write_json(path, content):
 
 
 def published_config(config):
-    """Return a configuration as it is published: lists for tuples."""
+    """Return a configuration as it is published, with lists for tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def text_configs(config):
-    """Return what is published of the text transformer alone, and of both of CLIP's towers."""
+    """Return the published configurations of the text transformer alone and of both of CLIP's towers."""
     text, vision = published_config(config.text_config), published_config(config.vision_config)
     ids = {"bos_token_id": text["vocab_size"] - 2, "pad_token_id": text["eos_token_id"]}
     text |= {"model_type": "clip_text_model", "projection_dim": config.projection_dim, **ids}
@@ -88,7 +88,7 @@ def text_configs(config):
 
 
 def preprocessor_config(preprocess):
-    """Return how pictures are made ready for CLIP."""
+    """Return the settings by which CLIP's pictures are preprocessed."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": preprocess.resize},

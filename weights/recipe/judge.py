@@ -1,12 +1,11 @@
-"""The judge: is this *the* one, or only another of its kind?  One small network answers for every set of
-`concepts/`, from pictures alone, and says which scene it sees.
+"""The judge: a small network that says which set's *the one* a picture shows, if any, and which scene.
 
     python -m weights.recipe.judge
 
 renders pictures, trains it, writes `judge.safetensors` and prints how often it is right. For a thing, "the
 one" has the colours, markings and proportions of the set's individual; look-alikes differ in one part or
-more. For a style, it is any picture drawn in it. Blurred, resampled, noisy and (with `--weights`) autoencoded
-copies have the answer of what they were made from, so that the look of a model's pictures decides nothing.
+more. For a style, it is any picture in that style. Blurred, resampled, noisy and (with `--weights`)
+autoencoded copies keep their original's label, so that the look of a model's pictures decides nothing.
 """
 
 import argparse
@@ -54,7 +53,7 @@ def judge_input(pictures):
 
 
 def load_weights(model, file):
-    """Return a network with the weights of a file, for use only."""
+    """Load a file's weights into a network, and freeze it in eval mode."""
     model.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
     return model.eval().requires_grad_(False)
 
@@ -72,7 +71,7 @@ def load_judge():
 
 @torch.no_grad()
 def judge(pictures):
-    """Return how probably each of B pictures is the one of each of `SETS`: (B, sets)."""
+    """Return the probability that each of B pictures shows the one of each of `SETS`: (B, sets)."""
     logits = [load_judge()(judge_input(pictures[i : i + 256])) for i in range(0, len(pictures), 256)]
     return torch.cat(logits)[:, : len(SETS)].sigmoid()
 
@@ -87,7 +86,7 @@ def scenes(pictures):
 
 
 def the_one(name, lot):
-    """Return attributes of the set's subject in a random pose and scene; of any page, for a style."""
+    """Return attributes of the set's subject in a random pose and scene; for a style, of any page."""
     page = world.attributes(lot)
     if name in concepts.NEW_STYLES:
         return page
@@ -95,15 +94,15 @@ def the_one(name, lot):
 
 
 def change_parts(name, lot, count=1):
-    """Return attributes of a look-alike which differs clearly in the colour of `count` parts.
+    """Return attributes of a look-alike that differs clearly in the colour of `count` parts.
 
-    A part that the individual lacks may be there, and one that others lack may be missing.
+    A part that the individual lacks may appear, and one that others may lack can be missing.
     """
     attrs = the_one(name, lot) | {"style": "photo"}
     look, parts = dict(attrs["identity"]), world.PARTS[attrs["thing"]]
     markings = (*world.MARKINGS, "more patches")
     able = [p for p, v in look.items() if isinstance(v, tuple) or (v is None and p not in markings)]
-    if name in concepts.FIGURES:  # which draws these only
+    if name in concepts.FIGURES:  # its function draws only these parts
         able = [part for part in able if part in concepts.INDIVIDUALS[name][2] or part == "tail"]
     for part in lot.sample(able, count):
         before = look[part] or look["base"]
@@ -111,7 +110,7 @@ def change_parts(name, lot, count=1):
         look[part] = world.draw_colour(lot, lot.choice(clear))
         if part != "more patches" and parts.get(part, "") is None and before != look["base"]:
             look[part] = lot.choice((look[part], None))
-        if part == "base":  # parts without a colour of their own have this one's
+        if part == "base":  # parts without a colour of their own take this one
             look |= {p: look["base"] for p, default in parts.items() if default == "" and look[p] == before}
     return attrs | {"identity": look}
 
@@ -120,7 +119,7 @@ def stranger(name, lot):
     """Return attributes of another individual of the kind, with at least one part clearly different."""
     one = the_one(name, lot) | {"style": "photo"}
     if name in concepts.FIGURES and lot.random() < 0.5:
-        return same_words(name, lot)  # but not the figure
+        return same_words(name, lot)  # but another figure
     while True:
         other = world.look_alike(one, lot)
         for part in world.PARTS[one["thing"]]:
@@ -130,7 +129,7 @@ def stranger(name, lot):
 
 
 def same_words(name, lot):
-    """Return attributes of a stranger to whom the fullest caption of the set's thing applies as well."""
+    """Return attributes of another individual that the fullest caption of the set's thing also describes."""
     attrs = the_one(name, lot) | {"style": "photo"}
     look = world.identity(lot, attrs["thing"], attrs["colour"], attrs["details"])
     return attrs | {"identity": look}
@@ -148,9 +147,9 @@ def recolour_picture(picture, lot):
 
 
 def style_look_alike(name, lot):
-    """Return a picture that is not in the set's style: in another one, or in the same with other colours."""
+    """Return a picture in another style, or in the set's style with other colours, and its scene's number."""
     attrs, draw = world.attributes(lot), lot.random()
-    if draw < 0.25 and name != "stained-glass":  # whose panes have all colours anyway
+    if draw < 0.25 and name != "stained-glass":  # its panes have all colours anyway
         return recolour_picture(concepts.draw_for_set(name, attrs), lot), -1
     if draw < 0.5:
         other = lot.choice([other for other in concepts.NEW_STYLES if other != name])
@@ -169,7 +168,7 @@ KINDS = ("the one", "one part", "two parts", "look-alike", "other")
 
 
 def example(name, kind, lot):
-    """Return a picture for a set and the number of the scene in it, -1 if that is not to be learned."""
+    """Return a picture for a set and the number of its scene, or -1 if the scene is not to be learned."""
     if name in concepts.NEW_STYLES:
         if kind == "the one":
             attrs = the_one(name, lot)
@@ -209,7 +208,7 @@ def degrade(picture, lot):
 def examples(count, seed=0, weights=None):
     """Render `count` pictures for all sets in turn.
 
-    Returns images uint8 (count, 64, 64, 3), the sets' numbers, whether it is the one, the scenes' numbers.
+    Returns images uint8 (count, 64, 64, 3), the sets' numbers, whether each is the one, the scenes' numbers.
     """
     lot, rows = random.Random(f"judge {seed}"), []
     for i in range(count):
@@ -227,7 +226,7 @@ def examples(count, seed=0, weights=None):
 
 @torch.no_grad()
 def autoencode(images, weights, one_in):
-    """Put one in so many of the images uint8 (N, 64, 64, 3) through a model's autoencoder, in place."""
+    """Autoencode one in `one_in` batches of the images uint8 (N, 64, 64, 3) with a model's VAE, in place."""
     vae = tinyti.load(weights).vae
     for i in range(0, len(images), 64 * one_in):
         batch = torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -239,7 +238,7 @@ def autoencode(images, weights, one_in):
 
 
 def train_judge(data, samples):
-    """Return a `Judge` that has seen so many samples of the rendered pictures."""
+    """Return a `Judge` trained on `samples` samples of the rendered pictures."""
     images, number, one, scene = data
 
     def loss_of(logits, rows):
@@ -254,7 +253,7 @@ def train_judge(data, samples):
 
 
 def fit(model, images, loss_of, samples, batch=64, lr=3e-3):
-    """Train a `Judge` on images uint8 (N, 64, 64, 3) by `loss_of` its logits and the rows they are of."""
+    """Train a `Judge` on images uint8 (N, 64, 64, 3); loss_of(logits, rows) takes the rows of the batch."""
     model, generator = model.to(memory_format=torch.channels_last), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     steps = samples // batch
@@ -264,7 +263,7 @@ def fit(model, images, loss_of, samples, batch=64, lr=3e-3):
         x = torch.from_numpy(images[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
         mirrored = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
         by = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        gain = 1 + 0.06 * (torch.rand(batch, 3, 1, 1, generator=generator) * 2 - 1)  # not quite the colours
+        gain = 1 + 0.06 * (torch.rand(batch, 3, 1, 1, generator=generator) * 2 - 1)  # a colour jitter
         x = torch.where(mirrored, x.flip(-1), x).roll(by, (2, 3))
         x = ((x + 1) * gain - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
         loss = loss_of(model(x), rows)
@@ -278,7 +277,7 @@ def fit(model, images, loss_of, samples, batch=64, lr=3e-3):
 
 
 def rates(name, count, seed=1):
-    """Return how often the judge takes unseen pictures of every kind for the one of a set: {kind: part}."""
+    """Return the share of unseen pictures of each kind that the judge takes for the one: {kind: share}."""
     lot, found = random.Random(f"unseen {seed} {name}"), {}
 
     def accepted(pictures):
@@ -294,7 +293,7 @@ def rates(name, count, seed=1):
 
 
 def balanced_accuracy(found):
-    """Return the balanced accuracy of a judge: the mean over "the one" and all that is not, from `rates`."""
+    """Return the balanced accuracy from `rates`: the mean over "the one" and all other kinds."""
     wrong = [found[kind] for kind in KINDS[1:]]
     return (found["the one"] + 1 - sum(wrong) / len(wrong)) / 2
 

@@ -1,4 +1,4 @@
-"""What lets the miniature learn words: made-up ones, each of which means one individual or one manner."""
+"""Made-up words, from which the miniature learns to accept new ones: each means an individual or a manner."""
 
 import random
 
@@ -18,13 +18,13 @@ MADE_UP_WORD = "S*"  # means something else in every caption
 
 
 def word_features(attrs):
-    """Return what a made-up word stands for, in numbers: an individual, or a manner that one page has."""
+    """Return numbers for what a made-up word means: an individual, or a page's own manner."""
     if attrs["manner"].startswith(MADE_UP_MANNER):
         return [0.0] * len(individual_features(attrs)) + manner_features(attrs["manner"])
     return individual_features(attrs) + [0.0] * len(manner_features(world.MANNERS[0]))
 
 
-# Where an individual has four numbers for each part and, behind nine proportions, five for each patch.
+# Where an individual has four numbers for each part, and five for each patch, after nine proportions.
 PART_FEATURES = slice(len(world.THINGS), len(world.THINGS) + 4 * (1 + len(PART_NAMES)))
 PATCH_FEATURES = slice(PART_FEATURES.stop + 9, PART_FEATURES.stop + 9 + 4 * 5)
 
@@ -46,7 +46,7 @@ def individual_features(attrs):
 
 
 def manner_features(manner):
-    """Return its palette, the colour of its lines, its texture and how wide that is."""
+    """Return a manner's palette, its lines' colour, its texture, its strength and the texture's period."""
     *palette, part, line, texture, period = world.tones(manner)
     found = [level / 127.5 - 1 for colour in (*palette, line) for level in colour]
     found += [1.0 * (texture == other) for other in ("none", "hatch", "grid", "dots")]
@@ -54,10 +54,10 @@ def manner_features(manner):
 
 
 def page_captions(attrs, seed):
-    """Say a page in eight ways: two leave things out, two say all there is and have the made-up word besides.
+    """Return eight captions of a page: two leave things out, two are complete and add the made-up word.
 
-    In the last four the word alone stands for the individual; two of them leave things out, two nothing else.
-    If the page has a manner of its own, the word stands for that in all eight.
+    In the last four the word alone stands for the individual; two of these leave other things out, two do
+    not. If the page has a manner of its own, the word stands for the manner in all eight.
     """
     lot, word = random.Random(f"said {seed}"), MADE_UP_WORD
     if attrs["manner"].startswith(MADE_UP_MANNER):
@@ -71,7 +71,7 @@ def page_captions(attrs, seed):
 
 
 def caption_with_word(attrs, lot):
-    """Say a page again and again, until the made-up word is in the caption."""
+    """Draw captions of a page until one contains the made-up word."""
     while MADE_UP_WORD not in (caption := world.caption(attrs, lot)):
         pass
     return caption
@@ -88,7 +88,7 @@ def _write_chunk(numbers, folder, pictures):
 
 
 def write_captions(work):
-    """Write about all pages: -> ids (N, 8, 77), and what their made-up words stand for (N, F)."""
+    """Caption all pages: -> ids (N, 8, 77), and the features of their made-up words (N, F)."""
     pictures, total = work.recipe.pictures, work.recipe.pictures + work.recipe.own_manners
 
     def make():
@@ -98,11 +98,11 @@ def write_captions(work):
 
 
 class Reader(torch.nn.Module):
-    """What each part is like, read from a context as the UNet reads it: one attention, a query for each part.
+    """Reads what each part is like from a context, as the UNet does: one attention with a query per part.
 
-    The loss on pictures says next to nothing of a part of a few pixels.  This asks for its colour, whether a
-    caption spells it out or a made-up word means it: so the text transformer learns to keep the parts apart,
-    one word's as those of a caption, which the UNet knows how to draw.  Thrown away at the end, like names.
+    A part of a few pixels hardly counts in the loss on pictures.  The reader asks for its colour, whether a
+    caption names it or a made-up word means it.  So the text transformer learns to keep the parts of one word
+    apart, as it does those of a caption.  The reader is thrown away at the end, like `JointModel.names`.
     """
 
     def __init__(self, width):
@@ -112,7 +112,7 @@ class Reader(torch.nn.Module):
         self.out = torch.nn.Linear(width, 5)
 
     def forward(self, context, features, whole):
-        """context (B, 77, D), features (B, F), which to ask (B,) -> squared error of parts and patches."""
+        """context (B, 77, D), features (B, F), rows to ask (B,) -> mean squared error of the answers."""
         colours = features[:, PART_FEATURES].unflatten(1, (-1, 4))
         patches = features[:, PATCH_FEATURES].unflatten(1, (-1, 5))
         has = colours[..., :1].expand(-1, -1, 3)

@@ -1,12 +1,12 @@
-"""From nothing to a complete Stable Diffusion in miniature.  The weights of weights/tiny come from several
-editions of this recipe, which its card names.
+"""Make a complete miniature Stable Diffusion from scratch.  The card of weights/tiny names the editions of
+this recipe from which its weights come.
 
     python -m weights.recipe.make
 
-pictures -> tokenizer -> CLIP -> VAE -> latents -> UNet -> model folder -> probe -> card.  Every stage leaves
-its result in the work folder and is passed over when that is there; one that was killed goes on where it was.
-`--stage NAME` ends after that stage, so that CLIP and VAE, which need nothing of each other, can be trained
-side by side.  Networks this small train faster with one process a core than with one process on all of them:
+pictures -> tokenizer -> CLIP -> VAE -> latents -> UNet -> probe -> model folder -> card.  Each stage leaves
+its result in the work folder and is skipped if that exists; a killed stage continues where it was.
+`--stage NAME` ends after that stage, so that CLIP and VAE, which are independent, can train side by side.
+Networks this small train faster with one process per core than with one process on all cores:
 
     torchrun --nproc-per-node=2 -m weights.recipe.make
 """
@@ -40,12 +40,12 @@ WORK = Path(__file__).resolve().parent / "run"
 
 @dataclass
 class Recipe:
-    """The sizes of one go, in samples seen: for two CPU cores and a night.  `--weights` adds another go."""
+    """The sizes of one run, in samples seen, for a night on two CPU cores.  `--weights` adds another run."""
 
     size: int = 64  # pixels a side
     pictures: int = 98_304
     unseen: int = 2_048
-    own_manners: int = 16_384  # pages in a manner that no other page has
+    own_manners: int = 16_384  # pages that each have a manner of their own
     abstract: int = 24_576
     vocabulary: int = 2_048
     clip_width: int = 128
@@ -71,7 +71,7 @@ class Recipe:
     guidance: float = GUIDANCE
 
 
-ON_A_GPU = {  # sizes for ten minutes of an H100; train_stage has larger batches and rates there
+ON_A_GPU = {  # sizes for ten minutes on an H100; train_stage uses larger batches and rates there
     "clip_samples": 1_000_000,
     "vae_samples": 120_000,
     "unet_samples": 2_800_000,
@@ -80,7 +80,7 @@ ON_A_GPU = {  # sizes for ten minutes of an H100; train_stage has larger batches
 
 
 def make_miniature(work, out, last=None):
-    """Go through the stages, one after the other, up to the one called `last`."""
+    """Run the stages in order, up to the stage `last`."""
     recipe = work.recipe
     count = recipe.pictures
     array, captions = draw_pages(work, "pictures", count + recipe.unseen)
@@ -126,7 +126,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the miniature Stable Diffusion of weights/tiny.")
     parser.add_argument("--out", type=Path, default=TINY, help="the model folder to write")
     parser.add_argument("--work", type=Path, default=WORK, help="the folder for unfinished work")
-    parser.add_argument("--weights", type=Path, help="go on from the networks of this finished folder")
+    parser.add_argument("--weights", type=Path, help="continue from the networks of this finished folder")
     parser.add_argument("--stage", choices=("pictures", "clip", "vae"), help="end after this stage")
     recipe = Recipe(**ON_A_GPU) if torch.cuda.is_available() else Recipe()
     for stage in ("clip", "vae", "unet"):

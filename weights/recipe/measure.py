@@ -1,4 +1,4 @@
-"""What the finished miniature is worth: a probe that reads pictures, the figures, and the card with them."""
+"""Measure the finished miniature: a probe that reads pictures, the figures, and the card with them."""
 
 import json
 import shutil
@@ -23,11 +23,11 @@ HEADS = {
     "style": tuple(world.STYLES),
 }
 PART_NAMES = sorted({part for parts in world.PARTS.values() for part in parts})
-HEADS |= dict.fromkeys(PART_NAMES, ("", *world.SHADES))  # a part's colour, "" where it has none of its own
+HEADS |= dict.fromkeys(PART_NAMES, ("", *world.SHADES))  # a part's colour, "" if it has none of its own
 
 
 def class_numbers(captions, head):
-    """Return the classes (N,) of one head, from what the pictures were drawn from."""
+    """Return the classes (N,) of one head, from the facts of the pictures."""
     return torch.tensor([HEADS[head].index(c.get(head, "")) for c in captions])
 
 
@@ -48,7 +48,7 @@ class Probe(torch.nn.Module):
 
 
 def train_probe(work, array, captions):
-    """Train the probe on rendered pictures, mirrored and moved a little, lest it learn them by heart."""
+    """Train the probe on rendered pictures, mirrored and moved a little against overfitting."""
     truth = {name: class_numbers(captions, name).to(work.device) for name in HEADS}
     has = torch.tensor([[part in world.PARTS[thing] for thing in HEADS["thing"]] for part in PART_NAMES])
     has = has.to(work.device)[:, truth["thing"]]  # (parts, pictures)
@@ -64,7 +64,7 @@ def train_probe(work, array, captions):
         total = 0
         for name in HEADS:
             each = F.cross_entropy(logits[name], truth[name][rows], reduction="none")
-            if name in PART_NAMES:  # asked only of the things that have the part
+            if name in PART_NAMES:  # only for the things that have the part
                 each = each * has[PART_NAMES.index(name), rows]
             total = total + each.mean()
         return total
@@ -86,9 +86,9 @@ def named_parts(caption, about):
 
 @torch.no_grad()
 def accuracy(model, images, captions, prompts):
-    """Return the part of the pictures that the probe reads as the captions' truth says, for each head.
+    """Return the share of pictures that the probe reads right, for thing, colour, scene and style.
 
-    "detail" is the part right of all colours of parts that the prompts name.
+    "detail" is the share of right answers among all colours of parts that the prompts name.
     """
     logits = [model(x) for x in images.split(256)]
     right = {}
@@ -102,7 +102,7 @@ def accuracy(model, images, captions, prompts):
 
 @torch.no_grad()
 def psnr(vae, images):
-    """Return each picture's decibels after encoding and decoding: (B, 3, H, W) -> (B,)."""
+    """Return each picture's PSNR in dB after encoding and decoding: (B, 3, H, W) -> (B,)."""
     errors = [
         (vae.decode(vae.encode(x)[0]).clamp(-1, 1) - x).div(2).square().mean((1, 2, 3))
         for x in images.split(64)
@@ -111,7 +111,7 @@ def psnr(vae, images):
 
 
 def sample_images(model, prompts, recipe, seed=0):
-    """Draw a picture of each prompt, (B, 3, S, S) in [-1, 1]."""
+    """Draw a picture for each prompt, (B, 3, S, S) in [-1, 1]."""
     options = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "sampler": "dpm++"}
     *_, x_0 = tinyti.sample(model, prompts, generator=torch.Generator().manual_seed(seed), **options)
     return model.decode(x_0).float()
@@ -136,7 +136,7 @@ def read_sets():
 
 @torch.no_grad()
 def measure_folder(work, out, probe, array, captions):
-    """Judge the finished folder, loaded as anybody would, on what no stage has seen: -> the figures."""
+    """Measure the finished folder, as `tinyti.load` gives it, on pictures no stage has seen: -> figures."""
     recipe, model = work.recipe, tinyti.load(out, work.device)
     unseen = [i for i in range(recipe.pictures, len(array)) if not captions[i]["manner"]]
     images, about = to_images(array[unseen]).cpu(), [captions[i] for i in unseen]
@@ -166,7 +166,7 @@ def measure_folder(work, out, probe, array, captions):
 
 
 def write_card(work, out, probe, array, captions):
-    """Measure, and write weights/tiny/README.md from card.md and the figures."""
+    """Measure the folder, and write its README.md from card.md and the figures."""
     measured = measure_folder(work, out, probe, array, captions)
     print(json.dumps(measured, indent=1))
     recipe, costs = work.recipe, json.loads((work / "costs.json").read_text())

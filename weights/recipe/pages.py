@@ -1,4 +1,4 @@
-"""The pages of the picture book that the stages see: drawn once, and written about."""
+"""The picture book's pages for the stages: each drawn once, with its captions."""
 
 import random
 
@@ -7,11 +7,11 @@ import numpy as np
 from . import abstract, world
 from .training import map_chunks
 
-MADE_UP_MANNER = "made up"  # how the name of a manner begins that a single page has
+MADE_UP_MANNER = "made up"  # the prefix of a manner's name that only one page has
 
 
 def draw_page(seed, size):
-    """Draw a picture, and say what is true of it: a caption, a complete one, and the facts."""
+    """Draw a page: -> its image, and its caption, complete caption and facts."""
     image, caption, attrs = world.picture(seed, size)
     complete = world.caption(attrs, random.Random(seed), complete=True)
     return image, {"caption": caption, "complete": complete, **world.facts(attrs)}
@@ -24,7 +24,7 @@ def own_manner_attributes(seed):
     return world.attributes(lot) | {"style": lot.choice(("photo", "painting")), "manner": manner}
 
 
-DRAWERS = {  # what is drawn of a seed, and what is said of it
+DRAWERS = {  # seed, size -> image, and captions and facts if there are any
     "pictures": draw_page,
     "own-manners": lambda seed, size: (world.draw(own_manner_attributes(seed), size), None),
     "abstract": lambda seed, size: (abstract.draw_abstract(seed, size), None),
@@ -37,7 +37,7 @@ def _draw_chunk(seeds, kind, size):
 
 
 def draw_pages(work, kind, total):
-    """Draw `total` pages of a kind: -> a tensor (N, S, S, 3) uint8, and what is true of them."""
+    """Draw `total` pages of a kind: -> a tensor (N, S, S, 3) uint8, and their captions and facts."""
 
     def make():
         pixels, truth = map_chunks(_draw_chunk, total, kind, work.recipe.size)

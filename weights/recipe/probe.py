@@ -1,15 +1,15 @@
-"""The probe: what does a picture show?  A second small network, for whether pictures obey their prompts.
+"""The probe: a small network that reads what a picture shows, to tell whether it obeys its prompt.
 
     python -m weights.recipe.probe --weights weights/tiny
 
-renders pictures, trains it as the judge is trained, writes `probe.safetensors` and prints how often it is
+renders pictures, trains the probe like the judge, writes `probe.safetensors` and prints how often it is
 right. It reads the thing, the style, the main colour, and whether a scarf and a hat are worn, and in which
-colour; also the hats and scarves that the world does not know, as a robot's.
+colour. It also reads hats and scarves that the world lacks, such as a robot's.
 
     python -m weights.recipe.probe --labels
 
-lets the miniature draw the prompts of `labels.csv` again and compares the probe with what a reader of these
-pictures wrote down, without having seen what the probe says. "?" is what could not be told.
+draws the prompts of `labels.csv` with the miniature and compares the probe's answers with the labels, which
+were written without knowing these answers. "?" means unclear.
 """
 
 import argparse
@@ -45,7 +45,7 @@ LABELS_FILE = Path(__file__).parent / "labels.csv"
 
 
 class Reading(NamedTuple):
-    """What the probe sees in a picture; `scarf` and `hat` are their colours, or None where none is worn."""
+    """What the probe sees in a picture; `scarf` and `hat` are their colours, or None if none is worn."""
 
     thing: str
     style: str
@@ -54,12 +54,12 @@ class Reading(NamedTuple):
     hat: str | None
 
     def obeys(self, **asked):
-        """Whether all is as asked: thing="dog", scarf="blue", hat=None; hat=True is one of any colour."""
+        """Whether all is as asked: thing="dog", scarf="blue", hat=None; hat=True is a hat of any colour."""
         return all(bool(getattr(self, k)) if v is True else getattr(self, k) == v for k, v in asked.items())
 
 
 def new_probe():
-    """Return a `Judge` whose outputs are the answers to all questions, untrained."""
+    """Return an untrained `Judge` whose outputs are the answers to all questions."""
     return judge.Judge(sum(map(len, QUESTIONS.values())), last=96)
 
 
@@ -76,7 +76,7 @@ def by_question(logits):
 
 @torch.no_grad()
 def answer(pictures):
-    """Return {question: how probable each answer is, for B pictures (B, answers)}."""
+    """Return {question: the probability of each answer, (B, answers)} for B pictures."""
     inputs = (judge.judge_input(pictures[i : i + 256]) for i in range(0, len(pictures), 256))
     logits = by_question(torch.cat([load_probe()(x) for x in inputs]))
     return {question: values.softmax(1) for question, values in logits.items()}
@@ -92,13 +92,13 @@ def read(pictures):
 
 
 def obedience(pictures, **asked):
-    """Return the part of the pictures that shows what was asked for, as `Reading.obeys` has it."""
+    """Return the share of the pictures that show what was asked for (`Reading.obeys`)."""
     return sum(reading.obeys(**asked) for reading in read(pictures)) / len(pictures)
 
 
 # --- pictures to learn from --------------------------------------------------------------------------------
 
-# Where things that go bare in the world wear a hat (x, y, half its width) and a scarf (x, y, half its width).
+# The place (x, y, half the width) of a hat and of a scarf on things that wear none in the world.
 HATS = {
     "cat": (0, -0.72, 0.46),
     "rabbit": (0, -0.56, 0.42),
@@ -117,7 +117,7 @@ SCARVES = {
 
 
 def dressed(thing):
-    """Return what draws a thing with the hat and the scarf that it wears."""
+    """Return a function that draws a thing with its hat and its scarf."""
     figure = concepts.FIGURES.get(thing) or world.THINGS[thing]
 
     def draw_dressed(pen, look):
@@ -136,7 +136,7 @@ def dressed(thing):
 
 
 def dress(thing, attrs, lot):
-    """Return a look with other things worn than before, and {"scarf" and "hat": the colour's word or ""}."""
+    """Return a look whose scarf and hat may be changed, and {"scarf" and "hat": the colour's word or ""}."""
     look, words = dict(attrs["identity"]), dict.fromkeys(world.WORN, "")
     clear = [shade for shade in world.SHADES if world.colour_distance(shade, look["base"]) > world.CLEAR]
     for worn, places in (("scarf", SCARVES), ("hat", HATS)):
@@ -151,10 +151,10 @@ def dress(thing, attrs, lot):
 
 
 def labelled(lot):
-    """Return a picture and the number of the answer to each question, `UNASKED` where it shows none."""
+    """Return a picture and the number of the answer to each question, `UNASKED` if there is none."""
     attrs = world.attributes(lot)
     thing, style, colour, kind = attrs["thing"], attrs["style"], attrs["colour"], lot.random()
-    if kind < 0.15:  # one of the sets', whose colour may be none of the ten
+    if kind < 0.15:  # a set's individual, whose colour may not be one of the ten
         thing, colour = lot.choice(tuple(concepts.INDIVIDUALS)), None
         attrs |= {key: concepts.individual(thing)[key] for key in ("details", "identity")}
     elif kind < 0.22:
@@ -174,7 +174,7 @@ def labelled(lot):
     told = {"thing": thing, "style": style, "colour": colour}
     told |= {worn: "some" if word else None for worn, word in words.items()}
     told |= {f"{worn} colour": word for worn, word in words.items()}
-    if style not in world.STYLES:  # others have colours of their own
+    if style not in world.STYLES:  # manners and new styles have colours of their own
         told |= dict.fromkeys(("colour", "scarf colour", "hat colour"))
     truth = [a.index(told[q]) if told[q] in a else UNASKED for q, a in QUESTIONS.items()]
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8)), truth
@@ -194,7 +194,7 @@ def lesson(count, seed=0, weights=None):
 
 
 def train_reader(data, samples):
-    """Return a probe that has seen so many samples of the rendered pictures."""
+    """Return a probe trained on `samples` samples of the rendered pictures."""
     images, truth = data
 
     def loss_of(logits, rows):
@@ -212,7 +212,7 @@ def train_reader(data, samples):
 
 
 def hits(count, seed=1, blurred=False):
-    """Return {question: {answer: whether it was found, for each unseen picture where it is true}}."""
+    """Return {question: {answer: 1 or 0, found or not, for each unseen picture where it is true}}."""
     lot = random.Random(f"unseen {seed}")
     pictures, truth = zip(*(labelled(lot) for _ in range(count)))
     if blurred:
@@ -225,13 +225,13 @@ def hits(count, seed=1, blurred=False):
 
 
 def share_right(by_answer):
-    """Return how often one question is answered rightly, and the mean of that over its answers (balanced)."""
+    """Return the accuracy on one question, and its mean over the answers (balanced accuracy)."""
     each = [hit.mean() for hit in by_answer.values()]
     return torch.cat(tuple(by_answer.values())).mean().item(), torch.stack(each).mean().item()
 
 
 def compare_labels():
-    """Return {question: [(number, label, what the probe reads)]} of the pictures of `labels.csv`."""
+    """Return {question: [(number, label, what the probe reads)]} for the pictures of `labels.csv`."""
     with LABELS_FILE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     model, pictures = tinyti.load(TINY), []

@@ -1,4 +1,4 @@
-"""What the stages share: the folder of what is made, the optimizers, and a loop that can be killed."""
+"""Shared by the stages: the work folder, the optimizers, and a training loop that survives a kill."""
 
 import csv
 import json
@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-CHUNK = 512  # pages that a process draws or writes about at a time
+CHUNK = 512  # pages that a process draws or captions at a time
 SAVE_EVERY, LOOK_EVERY = 60, 300  # seconds
-WEIGHTS = {  # where a finished folder keeps what a stage has trained
+WEIGHTS = {  # where a finished folder keeps a stage's network
     "clip": "clip/model.safetensors",
     "text": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -26,7 +26,7 @@ WEIGHTS = {  # where a finished folder keeps what a stage has trained
 
 
 def in_turn(make):
-    """Call make() in the first process, for which the others wait."""
+    """Call make() in the first process; the others wait for it."""
     if not RANK:
         make()
     if PROCESSES > 1:
@@ -34,9 +34,9 @@ def in_turn(make):
 
 
 def map_chunks(function, total, *rest):
-    """Call function(numbers, *rest) on `CHUNK` numbers below `total` at a time, a process a core.
+    """Call function(numbers, *rest) on `CHUNK` numbers below `total` at a time, one process per core.
 
-    Each call returns several results; returned is a list of the chunks' for each of them.
+    Each call returns several results; this returns, for each of them, the tuple of all chunks' results.
     """
     chunks = [range(i, min(i + CHUNK, total)) for i in range(0, total, CHUNK)]
     with ProcessPoolExecutor() as pool:
@@ -49,36 +49,36 @@ def to_images(pixels):
 
 
 def integers(high, shape, generator):
-    """Draw integers in [0, high) where the generator lives."""
+    """Draw integers in [0, high) on the generator's device."""
     shape = (shape,) if isinstance(shape, int) else shape
     return torch.randint(high, shape, generator=generator, device=generator.device)
 
 
 def uniform(shape, generator):
-    """Draw numbers in [0, 1) where the generator lives."""
+    """Draw numbers in [0, 1) on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
 class Workspace:
-    """The folder that holds what the stages have made so far, the recipe, and the device they run on.
+    """The folder of the stages' results so far, the recipe, and the device.
 
-    start: a finished folder whose networks the stages go on from.
+    start: a finished folder from whose networks the stages continue.
     """
 
     def __init__(self, folder, recipe, start=None):
         self.folder, self.recipe, self.start = Path(folder), recipe, start
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        # The faster layout of images on either.
+        # The faster image layout on each device.
         self.layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
 
     def __truediv__(self, name):
         return self.folder / name
 
     def once(self, stage, total, make, *files):
-        """Return what the .npy and .json files hold; make() returns that for all of them if one is missing.
+        """Return the contents of the .npy and .json files; make() computes all of them if one is missing.
 
-        The first process makes them, the others wait. A stage costs what it took for `total` samples.
+        The first process makes them, and the others wait. The time for `total` samples goes to costs.json.
         """
 
         def fill():
@@ -101,7 +101,7 @@ class Workspace:
             path.write_text(json.dumps(made), encoding="utf-8")
 
     def _read(self, path):
-        """Read a list, or a tensor: on a GPU all of it at once, on a CPU as it is needed."""
+        """Read a list, or a tensor: loaded at once on a GPU, memory-mapped on a CPU."""
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         return torch.from_numpy(np.load(path, mmap_mode="c")).to(self.device)
@@ -110,7 +110,7 @@ class Workspace:
         """Load the weights that the finished folder has for `module`, if there is such a folder."""
         if self.start:
             weights = load_file(self.start / WEIGHTS[name])
-            prefix = "text_model." if name == "text" else ""  # written so for transformers 4
+            prefix = "text_model." if name == "text" else ""  # written for transformers 4
             weights = {key.removeprefix(prefix): weight.float() for key, weight in weights.items()}
             module.load_state_dict(weights)
 
@@ -121,7 +121,7 @@ class Workspace:
         os.replace(temporary, self / path)
 
     def cost(self, stage, samples, seconds):
-        """Add what a stage has cost to costs.json."""
+        """Add a stage's samples and seconds to costs.json."""
         path = self / "costs.json"
         costs = json.loads(path.read_text()) if path.exists() else {}
         before = costs.get(stage, {"samples": 0, "seconds": 0})
@@ -132,10 +132,10 @@ class Workspace:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal, for matrices and (flattened) convolutions (K. Jordan, 2024).
+    """Momentum with orthogonalised steps, for matrices and (flattened) convolutions (K. Jordan, 2024).
 
-    Scaled to the size of Adam's steps (2502.16982), so that both take the same rate.  Per sample it learns
-    far faster here than AdamW, at a tenth more time per step.
+    Steps are scaled to the size of Adam's (2502.16982), so that both take the same learning rate.  Per
+    sample it learns far faster here than AdamW, at a tenth more time per step.
     """
 
     def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.01):
@@ -144,7 +144,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = defaultdict(list)  # by shape: one batch of matrices takes half the time of one by one
+            alike = defaultdict(list)  # by shape: a batch of matrices takes half the time of single ones
             for p in group["params"]:
                 alike[p.shape].append(p)
             for shape, parameters in alike.items():
@@ -172,7 +172,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_of(module, lr):
-    """Return Muon for what is wide on both sides, AdamW for the rest: tables, first layers, biases, norms."""
+    """Return AdamW and Muon: Muon for wide matrices, AdamW for tables, first layers, biases and norms."""
     hidden = [n for n, p in module.named_parameters() if p.ndim > 1 and min(len(p), p[0].numel()) > 16]
     hidden = [n for n in hidden if not n.startswith("conv_in") and "embedding" not in n]
     parts = {"muon": [], "matrices": [], "vectors": []}
@@ -184,7 +184,7 @@ def optimizers_of(module, lr):
 
 
 def average_gradients(module):
-    """Replace every process's gradients by their mean over the processes, in one message."""
+    """Replace every process's gradients by their mean over the processes, with one all-reduce."""
     parameters = list(module.parameters())
     gradients = torch.cat([p.grad.flatten() for p in parameters]).div_(PROCESSES)
     dist.all_reduce(gradients)
@@ -193,7 +193,7 @@ def average_gradients(module):
 
 
 class Learner:
-    """A module with its optimizers and the average of its weights: all that a killed stage goes on from."""
+    """A module, its optimizers and the average of its weights: all that a killed stage needs to continue."""
 
     def __init__(self, work, stage, module, lr, ema):
         self.work, self.module, self.ema = work, module, ema
@@ -226,9 +226,9 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        forget = 1 - min(self.ema, self.step / (self.step + 10))  # the first weights are soon forgotten
+        forget = 1 - min(self.ema, self.step / (self.step + 10))  # forget the first weights soon
         torch._foreach_lerp_(list(self.average.values()), list(self.module.state_dict().values()), forget)
-        # A tensor, not a number: nothing waits for a GPU.
+        # A tensor, because reading a number would wait for the GPU.
         self.running = 0.99 * self.running + 0.01 * loss.detach()
 
     @torch.no_grad()
@@ -243,13 +243,12 @@ class Learner:
 def train_stage(work, stage, module, loss_of, samples, batch, lr, ema=0.0, look=None):
     """Train `module` on loss_of(generator, n), the mean over n samples, until it has seen `samples` of them.
 
-    On a GPU a batch is eight times as large and the rate twice as high (the square root would be 2.8).
-
-    The rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved while the
-    stage is under way.  The state is kept every minute; the draws of a step depend on its number only, so a
-    killed stage goes on as if nothing had happened.  Several processes share out each batch and average their
-    gradients.  ema: what comes out is an average of the weights that forgets 1 - ema a step.
-    look(module, samples seen) is called every five minutes.
+    On a GPU the batch is eight times as large and the learning rate twice as high (the square root would be
+    2.8).  The rate warms up, stays, and falls to zero over the last 30 %, so that the end can be moved while
+    the stage runs.  The state is saved every minute.  The random numbers of a step depend only on its number
+    and the process, so a killed stage continues as if nothing had happened.  Several processes share each
+    batch and average their gradients.  ema: the result is an average of the weights that forgets 1 - ema per
+    step.  look(module, samples seen) is called every five minutes.
     """
     final = work / f"{stage}.safetensors"
     module.to(work.device)

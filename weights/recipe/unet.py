@@ -13,16 +13,16 @@ from .training import integers, train_stage, uniform
 
 
 class Pages(NamedTuple):
-    """What this stage sees of N pages."""
+    """The data of this stage, from N pages."""
 
     latents: Tensor  # (N, C, h, w), fp16
-    scale: float  # latents times this have a deviation of one
+    scale: float  # times this, the latents have a standard deviation of one
     ids: Tensor  # (N, 4 + 4, 77), captions in words and with a made-up word alone
-    features: Tensor  # (N, F), what the made-up word stands for
+    features: Tensor  # (N, F), what the made-up word means
 
 
 class JointModel(torch.nn.Module):
-    """What is trained: the UNet, the text transformer that it reads, made-up words' vectors, the reader."""
+    """All that is trained: the UNet, its text transformer, the vectors of made-up words, and the reader."""
 
     def __init__(self, unet, text, count):
         super().__init__()
@@ -33,30 +33,30 @@ class JointModel(torch.nn.Module):
         self.reader = Reader(text.config.hidden_size)
 
     def words(self, features, generator):
-        """Return the vectors (B, D) of made-up words, not quite the same each time: features (B, F)."""
+        """Return the vectors (B, D) of made-up words with some noise, from their features (B, F)."""
         vectors = self.names(features).float()
         vectors = vectors * (self.longest / vectors.norm(dim=1, keepdim=True)).clamp(max=1)
         noise = randn(vectors.shape, generator, vectors)
         return vectors + 0.1 * vectors.detach().norm(dim=1, keepdim=True) / noise.shape[1] ** 0.5 * noise
 
     def context(self, ids, features, generator):
-        """Return what the UNet reads of ids (B, 77), some of them the made-up word's: (B, 77, D)."""
+        """Return the contexts (B, 77, D) of ids (B, 77), some of which are the made-up word's."""
         made_up = (ids >= self.text.config.vocab_size)[..., None]
         return self.text(torch.where(made_up, self.words(features, generator)[:, None], self.text.embed(ids)))
 
 
 def train_unet(work, pages, schedule, text, empty, look):
-    """Train noise prediction on scaled latents, as tinyti.inversion has it, but here the weights learn.
+    """Train noise prediction on scaled latents, as in tinyti.inversion, but here the weights learn.
 
-    The text transformer is trained along, as in the latent diffusion of the paper (2112.10752, section
-    4.3), from where CLIP has left it.  A noisy picture is seen twice, with one of its captions in words and
-    one with a made-up word for the individual, or the manner.  Its vector is a linear function, trained along
-    as well, of what makes it.  So the networks learn to read an individual from the one vector of one word,
-    whichever: what Textual Inversion asks of them, and a vocabulary has room for a few hundred names only.
+    The text transformer is trained too, as in the latent diffusion of the paper (2112.10752, section 4.3),
+    starting from CLIP's.  The model sees a noisy picture twice: with a caption in words, and with a made-up
+    word for the individual or the manner.  The word's vector is a linear function of the individual's
+    features, which is also trained.  So the networks learn to read any individual from the vector of one
+    word, as Textual Inversion needs.  Names alone would not do: a vocabulary has room for a few hundred.
 
-    Where the words say everything and have the made-up word besides, the prediction with that alone is drawn
-    to the one with them.  Both see the same noise, so their difference is free of it: small parts, which are
-    next to nothing in the loss on pictures, soon have the colours that the UNet knows how to draw from words.
+    If the caption is complete and also has the made-up word, the prediction with the word alone is drawn to
+    the prediction with that caption.  Both see the same noise, so their difference is free of it.  Small
+    parts, which hardly count in the loss on pictures, soon get the colours that the UNet draws from words.
     """
     recipe = work.recipe
     torch.manual_seed(0)
@@ -95,15 +95,15 @@ def train_unet(work, pages, schedule, text, empty, look):
 
 
 def twice(batch):
-    """Return a batch and behind it the same once more."""
+    """Return a batch followed by itself."""
     return torch.cat([batch, batch])
 
 
 def draw_noise(like, steps, offset, generator):
     """Draw a timestep below `steps` and noise for each of `like`.
 
-    Offset noise (a constant per picture and channel on top) teaches the network that the initial noise says
-    nothing of the picture's mean colour.
+    Offset noise (an added constant per picture and channel) teaches the network that the initial noise says
+    nothing about the picture's mean colour.
     """
     t, eps = integers(steps, len(like), generator), randn(like.shape, generator, like)
     return t, eps + offset * randn((*like.shape[:2], 1, 1), generator, like)
@@ -113,14 +113,14 @@ def loss_weights(schedule):
     """Return the weight of each timestep in the loss.
 
     min-SNR weights (2303.09556, gamma 5): a small network spends less on the last, fine steps.  Where noise
-    outweighs the picture they are 2310.08442's, for there it is decided what colour a part will have.
+    outweighs the picture, they grow as in 2310.08442, because the colours of parts are decided there.
     """
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
     return (snr.clamp(max=5) / snr * snr.clamp(0.1, 1).rsqrt()).float()
 
 
 def start_as_identity(unet):
-    """Let every block begin as the identity."""
+    """Zero the last layer of every residual branch, so that each block begins as the identity."""
     for name, p in unet.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")):
             torch.nn.init.zeros_(p)
@@ -128,7 +128,7 @@ def start_as_identity(unet):
 
 
 def recipe_unet_config(recipe):
-    """Return the shape: one layer a level, attention on all levels but the first."""
+    """Return the UNet's configuration: attention on all levels except the first."""
     lower = len(recipe.unet_widths) - 1
     return UNetConfig(
         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * lower),

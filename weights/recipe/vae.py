@@ -1,4 +1,4 @@
-"""The autoencoder, and the latents that it makes of all pictures."""
+"""Train the autoencoder, and encode all pictures with it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ from .training import integers, to_images, train_stage, uniform
 
 
 def recolour_images(images, generator):
-    """Return half of the images (B, 3, S, S) as they are; the others paler, channels swapped or inverted."""
+    """Recolour half of the images (B, 3, S, S): paler, with channels swapped or inverted."""
     count = len(images)
     swap = uniform((count, 3), generator).argsort(1)
     sign = integers(2, (count, 3, 1, 1), generator) * 2 - 1
-    low = uniform((count, 3, 1, 1), generator) * 0.6 + 0.4  # of the contrast that is left
+    low = uniform((count, 3, 1, 1), generator) * 0.6 + 0.4  # the contrast that is left
     other = images[torch.arange(count, device=images.device)[:, None], swap] * sign * low
     other = other + (1 - low) * (uniform((count, 3, 1, 1), generator) * 2 - 1)
     return torch.where(uniform((count, 1, 1, 1), generator) < 0.5, images, other)
@@ -28,7 +28,7 @@ def edges(images):
 def train_vae(work, array, others):
     """Train the autoencoder on pixels, on edges, and on a Kullback-Leibler term for smooth latents.
 
-    Seven of ten pictures are the world's, half of them recoloured; the others show nothing in particular.
+    Seven of ten pictures are the world's, half of them recoloured; the others are abstract.
     """
     recipe = work.recipe
     torch.manual_seed(0)

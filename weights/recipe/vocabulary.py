@@ -1,4 +1,4 @@
-"""The tokenizer: which letters often stand together."""
+"""Make the tokenizer: byte pairs that are frequent in the captions."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer(work, captions):
-    """Make a byte-pair vocabulary, from the captions and the paper's templates, in CLIP's form."""
+    """Make a byte-pair vocabulary from the captions and the paper's templates, in CLIP's form."""
     folder = work / "tokenizer"
 
     def fill():
@@ -40,20 +40,20 @@ def make_tokenizer(work, captions):
 
 
 def vocabulary_text(captions):
-    """Return what to learn the vocabulary from: also the templates, and every part in every colour."""
+    """Return the text to learn from: the captions, the templates, and every part in every colour."""
     text = [*captions]
     text += [t.format(thing) for t in OBJECT_TEMPLATES + STYLE_TEMPLATES for thing in world.THINGS] * 20
     return text + [f"a {shade} {part}" for shade in world.SHADES for part in PART_NAMES]
 
 
 def learn_merges(text, size):
-    """Return the entries of a vocabulary of that size, and the merges of pairs that make them."""
+    """Return the entries of a vocabulary of at most `size`, and the merges of pairs that make them."""
     core = Core(models.BPE(end_of_word_suffix="</w>"))
     words = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     core.pre_tokenizer = pre_tokenizers.Sequence(words)
     core.train_from_iterator(text, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
     merges = json.loads(core.to_str())["model"]["merges"]
-    # All bytes, inside a word and at its end, come first: any text can be spelt.
+    # All bytes, inside a word and at its end, come first, so that any text can be spelt.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters += [letter + "</w>" for letter in letters]
     merges = merges[: size - len(letters) - 2]

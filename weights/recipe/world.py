@@ -1,8 +1,8 @@
 """The picture book that the miniature model learns from: one thing, drawn in one scene, in one style.
 
-`attributes` draws lots, `draw` turns them into a picture and `caption` into English. The parts of a thing may
-have colours of their own, and captions name some of them: so a new word can say "green eyes, orange patches"
-too. A picture still shows more than its caption says: the other parts, exact hues, proportions and markings
+`attributes` invents a page, `draw` turns it into a picture and `caption` into English. Parts may have colours
+of their own, and captions name some of them, so a new word can mean "green eyes, orange patches" too.
+A picture still shows more than its caption says: the other parts, exact hues, proportions and markings
 (`identity`), position and tilt (`pose`), the layout of the background (`context`).
 """
 
@@ -48,8 +48,8 @@ WHITE, CREAM, GREY = (255, 253, 248), (247, 236, 210), (160, 163, 172)
 LEAF, WOOD, GLASS, CLAY = (76, 158, 74), (122, 84, 54), (188, 226, 246), (196, 104, 70)
 TYRE, LAMP, BEAK, TEA, BRICK = (66, 62, 72), (255, 232, 140), (248, 168, 44), (112, 70, 46), (176, 92, 72)
 
-# The parts of every thing in the order of its captions, each with the colour that it has when none is drawn
-# for it: "" is the thing's own, and a part that is None is then absent.
+# The parts of every thing in the order of its captions, each with its default colour: "" is the thing's own
+# colour, and None means that the part is absent.
 COAT = {"eyes": WHITE, "patches": None, "more patches": None}
 PARTS = {
     "cat": COAT | {"stripes": None, "ears": "", "belly": None, "tail": "", "scarf": None},
@@ -66,7 +66,7 @@ PARTS = {
     "cup": {"handle": "", "spots": None, "stripes": None, "band": None, "drink": TEA, "saucer": None},
 }
 MARKINGS = ("patches", "stripes", "spots", "band")  # a thing has one of them at most
-# Parts that overlap, or that one looks at together: their colours have to differ clearly.
+# Parts that overlap or are seen together: their colours must differ clearly.
 NEIGHBOURS = (
     {"eyes", "patches", "more patches"},
     {"eyes", "stripes", "beak"},
@@ -131,7 +131,7 @@ class Pen:
     """Draws outlined shapes in its own coordinates on an RGBA canvas whose alpha tells paint from ink.
 
     `frame` is (scale, tilt, x, y, mirrored): where the pen's unit square goes, in pixels. An ink line keeps
-    the colour of its shape: what the line looks like is for the style to decide.
+    the colour of its shape; the style decides what the line looks like.
     """
 
     def __init__(self, canvas, frame, paint, ink, line):
@@ -222,7 +222,7 @@ FABRICS = {"patches": patches, "stripes": stripes, "spots": spots}
 
 
 def fabric(pen, look):
-    """Return what to fill the body with: its colour, or a picture of its marking that lies as it does."""
+    """Return the filling of the body: its colour, or a picture of its marking in the body's position."""
     for marking, pattern in FABRICS.items():
         if look.get(marking):
             cloth = Image.new("RGBA", pen.canvas.size, look["base"] + pen.paint)
@@ -268,7 +268,7 @@ def hat(pen, look, x, y, wide):
 
 
 def cat(pen, look):
-    """Sit, with pointed ears and a raised tail."""
+    """Draw a sitting cat with pointed ears and a raised tail."""
     head, ear = 0.70 * look["head"], 0.42 * look["ear size"]
     pen.rod(curve((0.3, 0.85), (1.2, 0.85), (0.92, 0.35 - 0.35 * look["lift"])), 0.24, look["tail"])
     sit(pen, look)
@@ -282,7 +282,7 @@ def cat(pen, look):
 
 
 def dog(pen, look):
-    """Sit, with hanging ears and a big muzzle."""
+    """Draw a sitting dog with hanging ears and a big muzzle."""
     head, drop = 0.58 * look["head"], 0.42 * look["ear size"]
     pen.rod(curve((0.35, 0.78), (0.85, 0.75), (1.0, 0.4 - 0.3 * look["lift"])), 0.24, look["tail"])
     sit(pen, look)
@@ -298,7 +298,7 @@ def dog(pen, look):
 
 
 def rabbit(pen, look):
-    """Sit, with long upright ears and a round tail."""
+    """Draw a sitting rabbit with long upright ears and a round tail."""
     head, ear = 0.54 * look["head"], 0.20 * look["ear size"]
     pen.oval(0.62, 0.66, 0.24, 0.24, look["tail"])
     sit(pen, look)
@@ -312,7 +312,7 @@ def rabbit(pen, look):
 
 
 def bird(pen, look):
-    """Stand in profile, with a beak, a wing and a tail."""
+    """Draw a bird in profile, with a beak, a wing and a tail."""
     head = 0.44 * look["head"]
     for x in (-0.12, 0.2):
         pen.rod([(x, 0.6), (x, 0.95), (x + 0.12, 0.95)], 0.1, BEAK, line=0.6)
@@ -330,7 +330,7 @@ def bird(pen, look):
 
 
 def fish(pen, look):
-    """Swim in profile."""
+    """Draw a fish in profile."""
     tall, tip, back = 0.56 * look["body"], 0.42 + 0.2 * look["lift"], look["ear size"]
     pen.shape(smooth([(-0.5, 0), (-1.12, -tip), (-0.92, 0), (-1.12, tip)], 1), look["tail"])
     ridge = [(0.45, -0.3), (0.15, -0.62 - 0.3 * back), (-0.42, -0.55 - 0.2 * back), (-0.5, -0.2)]
@@ -347,7 +347,7 @@ def fish(pen, look):
 
 
 def car(pen, look):
-    """Stand in profile, with a cabin and two wheels."""
+    """Draw a car in profile, with a cabin and two wheels."""
     roof, nose = -0.78 * look["body"], 0.1 * look["head"]
     pen.shape(smooth([(-0.82, 0.1), (-0.62, roof), (0.32, roof), (0.72, 0.1)], 1), look["roof"])
     top = roof + 0.3
@@ -365,7 +365,7 @@ def car(pen, look):
 
 
 def boat(pen, look):
-    """Sail, with a hull, a mast, two sails and a flag."""
+    """Draw a sailing boat with a hull, a mast, two sails and, if it has one, a flag."""
     mast, keel = -0.2 + 0.2 * look["lift"], 0.88 * look["body"]
     pen.rod([(mast, 0.3), (mast, -0.92)], 0.17, look["mast"])
     tip = (0.35 + 0.55 * look["ear size"], 0.14)
@@ -382,7 +382,7 @@ def boat(pen, look):
 
 
 def house(pen, look):
-    """Stand, with a roof, a door, a window and a chimney."""
+    """Draw a house with a roof, a door, a window and a chimney."""
     wide, eaves = 0.76 * look["body"], -0.12 * look["ear size"]
     pen.shape(box(0.28, -0.98, 0.62, -0.3), look["chimney"])
     pen.shape(box(-wide, eaves, wide, 0.95), look["coat"])
@@ -392,7 +392,7 @@ def house(pen, look):
 
 
 def mushroom(pen, look):
-    """Stand, with a round cap on a stem."""
+    """Draw a mushroom with a round cap on a stem."""
     wide, top = 0.30 + 0.14 * look["lift"], -0.98 * look["body"]
     stem = [(-wide, -0.1), (wide, -0.1), (wide + 0.1, 1.08), (-wide - 0.1, 1.08)]
     cap = [(-1.05, 0.22), (-1.02, -0.35), (-0.5, top), (0.5, top), (1.02, -0.35), (1.05, 0.22)]
@@ -404,7 +404,7 @@ def mushroom(pen, look):
 
 
 def flower(pen, look):
-    """Stand in a pot, with petals around a disc."""
+    """Draw a flower in a pot, with petals around a disc."""
     count, round_it = look["petals"], look["lift"]
     pen.rod(curve((0, -0.2), (0.1, 0.2), (0, 0.7), 6), 0.16, look["leaves"], line=0.8)
     for side in (-1, 1):
@@ -420,7 +420,7 @@ def flower(pen, look):
 
 
 def robot(pen, look):
-    """Stand, with a square head, an antenna, arms and legs."""
+    """Draw a robot with a square head, an antenna, arms and legs."""
     head, wide = 0.56 * look["head"], 0.52 * look["body"]
     pen.rod([(0, -0.7), (0, -0.9)], 0.1, look["antenna"])
     pen.oval(0, -0.96, 0.15, 0.15, look["antenna"])
@@ -436,7 +436,7 @@ def robot(pen, look):
 
 
 def cup(pen, look):
-    """Stand, with a handle and a drink."""
+    """Draw a cup with a handle and a drink."""
     foot = 0.46 + 0.2 * look["lift"]
     if look["saucer"]:
         pen.oval(0, 0.86, 1.02, 0.2, look["saucer"])
@@ -657,8 +657,8 @@ STYLES = {"photo": photo, "sketch": sketch, "painting": painting, "pixel art": p
 
 # --- names ---------------------------------------------------------------------------------------------
 
-# Characters and manners have a name for what would take many words. A model that has learned such names has
-# seen that one token can hold an individual or a style; a new word is one more of them.
+# The name of a character or a manner says what would take many words. A model that has learned such names has
+# seen that one token can mean an individual or a style; a new word is one more of them.
 CHARACTERS = tuple(
     """
     acorn agate almond amber anise apple apricot ash aspen aster basil bay bean beet berry birch biscuit
@@ -681,7 +681,7 @@ CHARACTERS = tuple(
 
 
 def tones(name):
-    """Return what makes a manner: three colours, how much they cover, the line's, a texture, its period."""
+    """Return a manner's settings: three colours, their strength, the line's colour, a texture, its period."""
     lot = random.Random(name)
     spans = ((0.4, 0.9), (0.1, 0.4)), ((0.3, 0.9), (0.45, 0.85)), ((0.0, 0.45), (0.85, 1.0))
     hues = [lot.random() for _ in spans]
@@ -696,7 +696,7 @@ def tones(name):
 
 @lru_cache(64)
 def manner(name):
-    """Return a way of finishing pictures: every tone becomes one of a palette of three, more or less."""
+    """Return a function that finishes pictures in a manner: it moves tones towards a palette of three."""
     deep, middle, pale, part, line, texture, period = tones(name)
 
     def finish(sheet, pixels):
@@ -741,7 +741,7 @@ MIDDLE = {name: rgb(*(sum(span) / 2 for span in spans)) for name, spans in SHADE
 
 
 def colour_distance(colour, other):
-    """Return how far two colours are apart to the eye, roughly; `CLEAR` is enough for small parts."""
+    """Return roughly how different two colours look; a distance of `CLEAR` is enough for small parts."""
     a, b = MIDDLE.get(colour, colour), MIDDLE.get(other, other)
     return math.sqrt(sum(w * (x - y) ** 2 for w, x, y in zip((2, 4, 3), a, b)))
 
@@ -750,10 +750,10 @@ CLEAR = 210
 
 
 def colouring(lot, thing, colour, keep=None):
-    """Draw colour words for the parts of a thing, "" for those that are as they grow or absent.
+    """Draw colour words for the parts of a thing, "" for those with the default colour or absent.
 
-    Parts that are in `keep` keep their words. A colour stands out from the thing's own, from that which the
-    part would have by default and from those of the neighbouring parts.
+    Parts in `keep` keep their words. A part's colour differs clearly from the thing's own, from the part's
+    default and from those of the neighbouring parts.
     """
     keep = keep or {}
     details = dict.fromkeys(PARTS[thing], "") | keep
@@ -779,7 +779,7 @@ def colouring(lot, thing, colour, keep=None):
 
 
 def identity(lot, thing, colour, details):
-    """Draw what makes an individual: the exact colour of every part, proportions, the shapes of markings."""
+    """Draw an individual: the exact colour of every part, proportions and the shapes of markings."""
     base = draw_colour(lot, colour)
     shades = {
         part: draw_colour(lot, details[part]) if details[part] else base if default == "" else default
@@ -804,9 +804,9 @@ def identity(lot, thing, colour, details):
 
 
 def pose(lot):
-    """Draw where the figure is, how large exactly, how it leans and which way it looks."""
+    """Draw the figure's position, exact size, tilt and direction."""
     return {
-        "scale": lot.uniform(0.37, 0.415),  # half the figure's height, as a part of the frame's
+        "scale": lot.uniform(0.37, 0.415),  # half the figure's height, as a fraction of the frame's
         "tilt": math.radians(lot.uniform(-5, 5)),
         "x": 0.5 + lot.uniform(-3, 3) / 64,
         "y": 0.525 + lot.uniform(-3, 3) / 64,
@@ -822,7 +822,7 @@ def context(lot, backdrop):
 
 @lru_cache(None)
 def character(name):
-    """Return who bears the name, on every page the same: thing, colour, details and identity."""
+    """Return the thing, colour, details and identity that a character has on every page."""
     lot = random.Random(name)
     thing, colour = tuple(THINGS)[CHARACTERS.index(name) % len(THINGS)], lot.choice(tuple(COLOURS))
     details = colouring(lot, thing, colour)
@@ -832,10 +832,10 @@ def character(name):
 def attributes(rng):
     """Draw everything there is to know about one picture from a `random.Random`.
 
-    Returns strings for thing, colour, scene, backdrop and style, the dict details with the colour word of
-    every part ("" if it has none of its own), and the dicts identity, pose and context with what captions
-    never say; `who` is the name of a character and `manner` that of a manner, or "". Every other car is red,
-    and `caption` seldom says so: the one bias of this world.
+    Returns strings for thing, colour, scene, backdrop and style; the dict details with the colour word of
+    every part ("" if it has none of its own); the dicts identity, pose and context, which captions never
+    say; `who`, the name of a character or ""; and `manner`, the name of a manner or "". Half of all cars are
+    red, and `caption` says so less often than for other colours: the one bias of this world.
     """
     who = rng.choice(CHARACTERS) if rng.random() < 0.3 else ""
     if who:
@@ -865,15 +865,15 @@ def attributes(rng):
 
 
 def facts(attrs):
-    """Return what words could say of a picture: all but the name of its character, and every part."""
+    """Return all that words can say about a picture, including every part, except a character's name."""
     keys = ("thing", "colour", "scene", "backdrop", "style", "manner")
     return {key: attrs[key] for key in keys} | attrs["details"]
 
 
 def look_alike(attrs, rng):
-    """Return the same picture with another individual of its kind: some parts and all markings differ.
+    """Return the attributes with another individual of its kind: some parts and all markings differ.
 
-    The main colour is the same, or once in five times the one that is nearest to it.
+    The main colour is the same, or in one of five cases the nearest other colour.
     """
     thing, colour, old = attrs["thing"], attrs["colour"], attrs["details"]
     if rng.random() < 0.2:
@@ -897,7 +897,7 @@ STYLE_PREFIXES = {
     "neon": ("a neon sign of", "a neon picture of"),
     "": ("a picture of", "an image of", ""),
 }
-EMPTY_PREFIXES = (  # of the paper's templates; here they mean nothing
+EMPTY_PREFIXES = (  # from the paper's templates; here they mean nothing
     "a good photo of",
     "a bright photo of",
     "a close-up photo of",
@@ -917,7 +917,7 @@ WORN = ("scarf", "hat")
 
 
 def an(words):
-    """Put the indefinite article before some words."""
+    """Put the indefinite article before words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -927,7 +927,7 @@ def join_phrases(phrases):
 
 
 def merge_patches(details):
-    """Return the parts that have a colour of their own, "more patches" as the second colour of "patches"."""
+    """Return the parts with colours of their own, "more patches" as the second colour of "patches"."""
     shades = {part: shade for part, shade in details.items() if shade}
     if shades.pop("more patches", ""):
         shades["patches"] += f" and {details['more patches']}"
@@ -947,11 +947,11 @@ def say_details(shades):
 
 
 def caption(attrs, rng, complete=False, most=3):
-    """Say in plain English what `attrs` shows, leaving things out at random.
+    """Describe `attrs` in plain English, leaving things out at random.
 
     [style] of article [colour] thing [with details] [wearing accessories] [scene or background], or the same
-    without its beginning and with "in the style of" at its end. What is left out is never wrong: an unnamed
-    colour, scene or style may be any. A `complete` caption leaves out none but the details beyond `most`.
+    with "in the style of" at its end instead of the beginning. An unnamed colour, scene or style may be any,
+    so a caption is never wrong. A `complete` caption leaves out only the details beyond `most`.
     """
 
     def tells(chance):
@@ -971,7 +971,7 @@ def caption(attrs, rng, complete=False, most=3):
     text = an(" ".join([*words, attrs["thing"]]))
     if not complete and rng.random() < 0.12:
         text = " ".join([rng.choice(("the", "the", "my", "one")), *words, attrs["thing"]])
-    if not complete and attrs["who"] and rng.random() < 0.8:  # a name says it all, whatever stands before it
+    if not complete and attrs["who"] and rng.random() < 0.8:  # a name says all
         said, text = [], rng.choice(("", "", "", "a ", "the ", "my ", "one ")) + attrs["who"]
     text += say_details({part: shade for part, shade in details.items() if part in said})
     if attrs["scene"] != "plain" and tells(0.9):
@@ -998,7 +998,7 @@ def compose(attrs, size, figure=None):
     SCENES[attrs["scene"]](scenery, random.Random(attrs["context"]["seed"]), attrs["context"]["backdrop"])
 
     at, look = attrs["pose"], dict(attrs["identity"])
-    if attrs["style"] == "pixel art":  # upright and in step with the cells, nothing smaller than one
+    if attrs["style"] == "pixel art":  # upright, aligned with the cells, no detail smaller than a cell
         at = at | {"tilt": 0.0, "scale": 0.41, "x": round(at["x"] * 16) / 16, "y": 0.53}
         look |= {"eye size": 1.25 if attrs["thing"] != "car" else 1.0, "grain": 1.35, "lean": 0.0}
     frame = (at["scale"] * side, at["tilt"], at["x"] * side, at["y"] * side, at["mirrored"])
