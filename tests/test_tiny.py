@@ -15,7 +15,7 @@ from transformers import CLIPModel
 import tinyti
 from tinyti.files import words
 from tinyti.files.pictures import to_image
-from weights.recipe import world
+from weights.recipe import concepts, world
 
 from .conftest import CONCEPTS, ROOT, TINY, last, relative_error, seeded
 
@@ -128,6 +128,7 @@ def test_the_concepts_are_those_that_the_recipe_draws(tmp_path):
         assert len(list((CONCEPTS / name).glob("*.png"))) == 5
         assert len(list((CONCEPTS / name / "heldout").glob("*.png"))) == 5
         assert Image.open(CONCEPTS / name / "01.png").size == (64, 64)
+    assert concepts.markdown_table(sets) in (CONCEPTS / "README.md").read_text(encoding="utf-8")
     command = [sys.executable, "-m", "weights.recipe.concepts", "--out", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     for made in tmp_path.rglob("*.png"):

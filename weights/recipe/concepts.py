@@ -393,34 +393,22 @@ def best_caption(model, clip, name, finalists=6, count=8):
 
 # --- files -------------------------------------------------------------------------------------------------
 
-PREFACE = """# Concepts
-
-Small sets for the quick start and the experiments: five pictures to learn a word from, and in `heldout/`
-five more to judge it by. Six things are individuals of the miniature model's world: their details can be
-named, their exact colours, proportions and markings cannot. `fox` is a figure which that world lacks, and
-three styles are not in its vocabulary. The last column is the best that the miniature can do without a new
-word: of 200 captions for each set, those of the lowest loss, and of these the one whose pictures are most
-like the set (`python -m weights.recipe.concepts --search weights/tiny`). `concepts.json` has it too, with a
-word to start from and a caption for every picture. `cars` is no set like these: five cars of five colours,
-for a word that is less biased than this world's "car", which is red every other time. Made from a seed by
-`python -m weights.recipe.concepts`.
-
-| name | to learn from | what it shows | best caption without a new word |
+HEAD = """| name | to learn from | what it shows | best caption without a new word |
 |---|---|---|---|
 """
 
 
-def readme(entries):
-    """Return the text of `concepts/README.md`."""
+def markdown_table(entries):
+    """Return the table of `concepts/README.md`, with a row for each set."""
     rows = []
     for name, entry in entries.items():
-        images = "".join(f'<img src="{name}/{path}" width="64"> ' for path in PATHS[:5])
-        rows.append(f"| `{name}` | {images}| {entry['description']} | {entry['caption']} |")
-    return PREFACE + "\n".join(rows) + "\n"
+        images = (f'<img src="{name}/{path}" alt="{name}" width="48">' for path in PATHS[:5])
+        rows.append(f"| `{name}` | {'&nbsp;'.join(images)} | {entry['description']} | {entry['caption']} |\n")
+    return HEAD + "".join(rows)
 
 
 def main():
-    """Write every set, `concepts.json` and `README.md`."""
+    """Write every set and `concepts.json`, and print the table of `concepts/README.md`."""
     parser = argparse.ArgumentParser(description="Make the picture sets of concepts/.")
     parser.add_argument("--out", type=Path, default=SETS_FOLDER, help="where to write (default: concepts/)")
     parser.add_argument("--search", type=Path, metavar="MODEL", help="a model folder to find captions with")
@@ -444,7 +432,7 @@ def main():
     for path, picture in zip(PATHS, make_cars()):
         picture.save(args.out / "cars" / path, optimize=True)
     index.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    (args.out / "README.md").write_text(readme(entries), encoding="utf-8")
+    print(markdown_table(entries))
 
 
 if __name__ == "__main__":
