@@ -24,6 +24,8 @@ def test_what_is_stored(path):
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))  # executed, in order
     outputs = [output for c in cells for output in c.outputs]
     assert outputs and all(output.output_type != "error" for output in outputs)
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert figures and all(len(output.metadata["image/png"]["alt"].split()) > 5 for output in figures)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
