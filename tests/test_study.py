@@ -172,7 +172,38 @@ def sets_table():
     return lines
 
 
-@pytest.mark.parametrize("name, build", [("forms", forms_table), ("sets", sets_table)])
+EDITIONS = {  # of the miniature: what tells the weights from others, the commit, the length W of a real word
+    "ffabc99b": ("d44288f", ".35"),
+    "439e1df6": ("7221be6", ".63"),
+    "6844ef2a": ("6c0f9ea", ".38"),
+    "9102184b": ("b213c1e", ".61"),
+    "9e88ed50": ("d0d0297", "1.06"),
+    "294b5278": ("94f69d5 (now)", "1.22"),
+}
+
+
+def editions_table():
+    """The cells of results/editions.csv, from the rows of six sets and seed 0."""
+    rows = study.read_rows(study.FILE.with_name("editions.csv")) + study.read_rows(study.FILE)
+    rows = [row for row in rows if row["seed"] == "0" and row["count"] == "8"]
+    labels = {"default": "default", "cap": FORMS["steps of .09 W, cap .74 W"], "Adam": "Adam 0.005"}
+    lines = [["edition", "W", *(f"{what}, {name}" for what in ("loss", "CLIP-I") for name in labels)]]
+    for weights, (commit, length) in EDITIONS.items():
+        cells = []
+        for column, digits in (("loss", 4), ("to held-out", 3)):
+            for label in labels.values():
+                own = [r for r in rows if (r["weights"], r["setup"]) == (weights, label) and r["set"] in SIX]
+                assert len(own) == len(SIX), (weights, label)
+                cells.append(study.show(study.spread(own, [row[column] for row in own]), digits))
+        lines.append([commit, length, *cells])
+    return lines
+
+
+SIX = ("cat", "dog", "robot", "car", "mushroom", "fish")
+TABLES = [("forms", forms_table), ("sets", sets_table), ("editions", editions_table)]
+
+
+@pytest.mark.parametrize("name, build", TABLES)
 def test_the_tables_of_the_bench_are_the_studys_rows(name, build):
     with open(ROOT / "tests" / "bench" / "results" / f"{name}.csv", encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == build()
