@@ -71,4 +71,4 @@ def test_programs_find_the_miniature_from_another_folder(tmp_path):
 def test_the_study_finds_its_rows_from_another_folder(tmp_path):
     command = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from notebooks import study; study.main()"
     table = python("-c", command, "settings", "--table", cwd=tmp_path).splitlines()
-    assert any(line.startswith("| default | 30 |") for line in table)
+    assert any("| default | 30 |" in line for line in table)

@@ -149,7 +149,7 @@ def test_sample_refuses(word, room, tmp_path, capsys):
     for arguments, message in [
         (["a cat", "--words", word], "no learned word"),
         (["W*", "--words", wide], "768"),
-        (["a cat " * 40 + "S*", "--words", word], "behind"),
+        (["a cat " * 40 + "S*", "--words", word], "comes after"),
         (["S*", "--words", "no/such"], "no/such"),
         ([*flags, "--size", "30"], "30"),
         ([*flags, "--size", "16", "16", "16"], "--size has 3 numbers"),
