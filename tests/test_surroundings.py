@@ -206,6 +206,17 @@ def test_a_signal_while_drawing_leaves_no_empty_folder(seed, tmp_path):
     assert found == status and len(lines) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_does_not_change_the_status(number):
+    """The interpreter needs a moment to end, in which nothing is left to stop."""
+    ends = "atexit.register(lambda: (print('ends', flush=True), time.sleep(0.5)))"
+    command = f"import atexit, time; from tinyti.programs import cli; {ends}; cli.leave(lambda: 1)"
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 1
+
+
 def test_an_ignored_interrupt_stays_ignored(tmp_path):
     def ignore():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

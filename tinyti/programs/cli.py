@@ -300,10 +300,11 @@ def run_program(program: str, function: Callable[[], int]) -> int:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of main(); after main() Ctrl-C is ignored."""
+    """End the process with the status of main(); after main() Ctrl-C and SIGTERM are ignored."""
     try:
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except KeyboardInterrupt:  # after the last line of main()
         status = 130
     sys.exit(status)
