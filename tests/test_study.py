@@ -116,15 +116,15 @@ def test_missing_rows_are_shown_as_missing():
 
 
 FORMS = {  # of tests/bench/README.md: what a row is called there, and in the study
-    "turns of .12 rad at 1 W (default)": "default",
-    "turns of .2 rad, falling to 0": "angle .2 falling",
-    "turns of .12 rad at .5 W": "length .5",
-    "turns of .2 rad at .5 W, falling": "length .5, angle .2 falling",
-    "ten steps of .12 W, then turns": "ten steps .12, then turns",
-    "steps of .09 W, cap 1 W": "step .09, cap 1",
-    "steps of .15 W, cap 1 W": "step .15, cap 1",
-    "steps of .2 W, cap 1 W": "step .2, cap 1",
-    "steps of .09 W, cap .74 W": "step .09, cap .74 (former default)",
+    "turn .12 (default)": "default",
+    "turn .2, falling": "angle .2 falling",
+    "turn .12, .5 W": "length .5",
+    "falling, .5 W": "length .5, angle .2 falling",
+    "ten steps, turns": "ten steps .12, then turns",
+    "step .09, cap 1": "step .09, cap 1",
+    "step .15, cap 1": "step .15, cap 1",
+    "step .2, cap 1": "step .2, cap 1",
+    "step .09, cap .74": "step .09, cap .74 (former default)",
 }
 
 
@@ -186,7 +186,7 @@ def editions_table():
     """The cells of results/editions.csv, from the rows of six sets and seed 0."""
     rows = study.read_rows(study.FILE.with_name("editions.csv")) + study.read_rows(study.FILE)
     rows = [row for row in rows if row["seed"] == "0" and row["count"] == "8"]
-    labels = {"default": "default", "cap": FORMS["steps of .09 W, cap .74 W"], "Adam": "Adam 0.005"}
+    labels = {"default": "default", "cap": FORMS["step .09, cap .74"], "Adam": "Adam 0.005"}
     lines = [["edition", "W", *(f"{what}, {name}" for what in ("loss", "CLIP-I") for name in labels)]]
     for weights, (commit, length) in EDITIONS.items():
         cells = []
