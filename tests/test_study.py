@@ -128,15 +128,18 @@ FORMS = {  # of tests/bench/README.md: what a row is called there, and in the st
 }
 
 
+STORED = study.read_rows(study.FILE)
+
+
 def stored(table, label):
     """The stored rows of a set-up."""
     asked = {"setup": label, "count": str(study.COUNT[table])}
-    return [row for row in study.read_rows(study.FILE) if row.items() >= asked.items()]
+    return [row for row in STORED if row.items() >= asked.items()]
 
 
 def able_only(rows, edit):
     """A column of rows, empty where a set's noun does not obey."""
-    able = study.able_edits(study.read_rows(study.FILE))
+    able = study.able_edits(STORED)
     return [row[edit] if edit in able[row["set"]] else "" for row in rows]
 
 
@@ -148,11 +151,10 @@ def percent(value):
 def forms_table():
     """The cells of results/forms.csv, from the study's rows."""
     head = ["form of the step", "held-out loss", "CLIP-I", "*the one*, %", "blue scarf, %", "red, %"]
-    lines = [[*head, "obedience, %"]]
+    lines, settings = [[*head, "obedience, %"]], study.summary(STORED, "settings")
     for title, label in FORMS.items():
-        rows = stored("settings", label)
+        rows, means = stored("settings", label), settings[label]
         assert len(rows) == 30, label  # ten sets, three seeds
-        means = study.summary(study.read_rows(study.FILE), "settings")[label]
         cells = [study.show(means["loss"], 4), study.show(means["to held-out"], 3), percent(means["the one"])]
         cells += [percent(study.spread(rows, able_only(rows, edit))) for edit in ("scarf", "red")]
         lines.append([title, *cells, percent(means["obedience"])])
@@ -180,11 +182,12 @@ EDITIONS = {  # of the miniature: what tells the weights from others, the commit
     "9e88ed50": ("d0d0297", "1.06"),
     "294b5278": ("94f69d5 (now)", "1.22"),
 }
+SIX = ("cat", "dog", "robot", "car", "mushroom", "fish")
 
 
 def editions_table():
     """The cells of results/editions.csv, from the rows of six sets and seed 0."""
-    rows = study.read_rows(study.FILE.with_name("editions.csv")) + study.read_rows(study.FILE)
+    rows = study.read_rows(study.FILE.with_name("editions.csv")) + STORED
     rows = [row for row in rows if row["seed"] == "0" and row["count"] == "8"]
     labels = {"default": "default", "cap": FORMS["step .09, cap .74"], "Adam": "Adam 0.005"}
     lines = [["edition", "W", *(f"{what}, {name}" for what in ("loss", "CLIP-I") for name in labels)]]
@@ -199,7 +202,6 @@ def editions_table():
     return lines
 
 
-SIX = ("cat", "dog", "robot", "car", "mushroom", "fish")
 TABLES = [("forms", forms_table), ("sets", sets_table), ("editions", editions_table)]
 
 
